@@ -1,0 +1,370 @@
+"""Saving and restoring runs: the only importer of orbax.
+
+Every checkpoint carries, beside the state, a record of each leaf (dtype, shape and a checksum of its
+bits) protected by its own CRC. Orbax verifies neither the bytes of large arrays nor dtypes, so a
+flipped bit on disk or another network would otherwise be restored without a word.
+"""
+
+import contextlib
+import gc
+import json
+import logging
+import sys
+import zlib
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from etils import epath
+from jax.experimental import multihost_utils
+from jaxtyping import Array, UInt
+from orbax.checkpoint import checkpoint_managers as policies
+
+from salcl_jax.types import PyTree, TrainState
+
+_log = logging.getLogger(__name__)
+MODEL_FIELDS = ("params", "target_params", "batch_stats", "target_batch_stats")
+
+
+class Mismatch(ValueError):
+    """The checkpoint is intact but belongs to another network or optimizer."""
+
+
+class Checkpointer:
+    """Checkpoints of one run, in `directory`/STEP. Every process makes the same calls.
+
+    Kept are the newest `keep` and every step divisible by `keep_every` (0: none beyond the newest).
+    `every_steps` 0 saves only when forced. Use as a context manager: leaving it waits for the
+    write under way.
+    """
+
+    def __init__(
+        self,
+        directory: str,
+        *,
+        every_steps: int,
+        keep: int,
+        keep_every: int = 0,
+        asynchronous: bool = True,
+    ):
+        _quieten()
+        if keep < 1:
+            raise ValueError(f"keep is {keep} checkpoints: it must be at least 1")
+        decide = [policies.PreemptionCheckpointingPolicy()]
+        decide += [policies.FixedIntervalPolicy(every_steps)] if every_steps else []
+        preserve = [policies.LatestN(keep)]
+        preserve += [policies.EveryNSteps(keep_every)] if keep_every else []
+        options = ocp.CheckpointManagerOptions(
+            save_decision_policy=policies.AnySavePolicy(decide),
+            preservation_policy=policies.AnyPreservationPolicy(preserve),
+            enable_async_checkpointing=asynchronous,
+        )
+        self.directory = _absolute(directory)
+        handlers = {"state": ocp.StandardCheckpointHandler(), "extra": ocp.JsonCheckpointHandler()}
+        self._manager = ocp.CheckpointManager(
+            self.directory, options=options, item_handlers=handlers
+        )
+        self._damaged: list[int] = []
+
+    def __enter__(self) -> "Checkpointer":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+    def latest(self) -> int | None:
+        """Newest complete step on disk or being written, None when there is none."""
+        return max(self._usable_steps(), default=None)
+
+    def should_save(self, step: int) -> bool:
+        """Whether `save` would write this step: due by interval, or the machine is about to go."""
+        self._set_aside()
+        return self._manager.should_save(step)
+
+    def reached_preemption(self, step: int) -> bool:
+        """True, at the same step on all processes, once one of them was told to terminate."""
+        return self._manager.reached_preemption(step)
+
+    def save(self, step: int, state: TrainState, extra: dict, force: bool = False) -> bool:
+        """Write the state and `extra` (small, JSON) when due or forced; True when written.
+
+        The device buffers are copied before it returns: the caller may donate them afterwards.
+        A step that is already there is not written again.
+        """
+        self._set_aside()
+        if step in self._manager.all_steps() or not (force or self._manager.should_save(step)):
+            return False
+        record = _seal({"extra": extra, "leaves": _describe(state)})
+        args = ocp.args.Composite(
+            state=ocp.args.StandardSave(state), extra=ocp.args.JsonSave(record)
+        )
+        return bool(self._manager.save(step, args=args, force=True))
+
+    def restore(self, abstract_state: TrainState) -> tuple[TrainState, dict, int] | None:
+        """(state, extra, step) of the newest readable checkpoint; None when there is none at all.
+
+        Args:
+          abstract_state: ShapeDtypeStructs with the shardings of the current mesh, see
+            `abstract_like`; the checkpoint may come from another number of devices.
+
+        A damaged checkpoint is passed over with a warning and stays on disk: the next save renames
+        it to damaged-STEP. Raises Mismatch (a ValueError) naming the first leaf that differs, and
+        RuntimeError when checkpoints exist but none can be read.
+        """
+        self.wait()
+        failures: list[tuple[int, str]] = []
+        for step in self._usable_steps():
+            found, reason = self._try_read(step, abstract_state)
+            if found is None:
+                failures.append((step, reason))
+                continue
+            self._damaged = [s for s, _ in failures]
+            _warn_passed_over(self.directory, failures, step)
+            return *found, step
+        _raise_if_unreadable(self.directory, failures)
+        return None
+
+    def wait(self) -> None:
+        """Block until the write under way is complete; raises what went wrong with it."""
+        self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Finish the write under way and release the directory."""
+        self._manager.close()
+
+    def _usable_steps(self) -> list[int]:
+        """Steps newest first, without those found damaged."""
+        return sorted(set(self._manager.all_steps()) - set(self._damaged), reverse=True)
+
+    def _try_read(self, step: int, abstract_state: TrainState):
+        """((state, extra), '') or (None, reason); all processes come to the same answer."""
+        found, reason = None, ""
+        with _quiet_failures():
+            try:
+                found = self._read(step, abstract_state)
+            except Mismatch:
+                raise
+            except Exception as error:  # orbax and tensorstore raise many kinds for damaged files
+                reason = _one_line(error)
+        if jax.process_count() > 1:
+            everywhere = multihost_utils.process_allgather(np.asarray(found is not None))
+            if found is not None and not everywhere.all():
+                found, reason = None, "another process could not read it"
+        return found, reason
+
+    def _read(self, step: int, abstract_state: TrainState) -> tuple[TrainState, dict]:
+        record = self._manager.restore(step, args=ocp.args.Composite(extra=ocp.args.JsonRestore()))
+        leaves, extra = _unseal(record["extra"])
+        _check_structure(self.directory / str(step), leaves, abstract_state)
+        args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state))
+        state = self._manager.restore(step, args=args)["state"]
+        _check_sums(leaves, state)
+        return state, extra
+
+    def _set_aside(self) -> None:
+        """Rename the checkpoints found damaged, so that their steps can be written again."""
+        if not self._damaged:
+            return
+        if jax.process_index() == 0:
+            for step in self._damaged:
+                _free_name(self.directory, f"damaged-{step}", self.directory / str(step))
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices("damaged checkpoints set aside")
+        self._damaged = []
+        self._manager.reload()
+
+
+def abstract_like(state: PyTree, sharding: jax.sharding.Sharding) -> PyTree:
+    """ShapeDtypeStructs of a state's leaves, all with one sharding: the target of a restore."""
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), state
+    )
+
+
+def load_params(path: str, abstract_state: TrainState | None = None) -> dict:
+    """Networks of another run as numpy trees, without its optimizer state.
+
+    Args:
+      path: a workdir, its checkpoints folder, or one STEP folder in it.
+      abstract_state: when given, the networks must have these shapes and dtypes.
+
+    Returns a dict with params, target_params, batch_stats and target_batch_stats. Of several steps
+    the newest readable one is taken, with a warning when newer ones are damaged. Raises
+    FileNotFoundError when there is no checkpoint, Mismatch and RuntimeError as in
+    `Checkpointer.restore`.
+    """
+    _quieten()
+    root = _absolute(path)
+    failures: list[tuple[int, str]] = []
+    for step_dir in _step_dirs(root):
+        with _quiet_failures():
+            try:
+                trees = _read_networks(step_dir, abstract_state)
+            except Mismatch:
+                raise
+            except Exception as error:  # as in Checkpointer._try_read
+                failures.append((int(step_dir.name), _one_line(error)))
+                continue
+        _warn_passed_over(step_dir.parent, failures, int(step_dir.name))
+        return trees
+    _raise_if_unreadable(root, failures)
+    raise FileNotFoundError(f"no checkpoint in {root}: give a workdir, a checkpoints or STEP folder")
+
+
+def _read_networks(step_dir: epath.Path, abstract_state: TrainState | None) -> dict:
+    leaves, _ = _unseal(json.loads((step_dir / "extra" / "metadata").read_text()))
+    leaves = {k: v for k, v in leaves.items() if k.split(".")[0] in MODEL_FIELDS}
+    if abstract_state is not None:
+        wanted = {f: getattr(abstract_state, f) for f in MODEL_FIELDS}
+        _check_structure(step_dir, leaves, wanted)
+    reader = ocp.PyTreeCheckpointHandler()
+    tree = reader.metadata(step_dir / "state").tree
+    wanted = {f: jax.tree.map(lambda _: 0, tree[f]) for f in MODEL_FIELDS}
+    how = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
+    args = ocp.args.PyTreeRestore(item=wanted, restore_args=how, partial_restore=True)
+    trees = reader.restore(step_dir / "state", args=args)
+    _check_sums(leaves, trees)
+    return trees
+
+
+def _step_dirs(root: epath.Path) -> list[epath.Path]:
+    """STEP folders newest first; `root` itself when it is one."""
+    if root.name.isdigit() and (root / "state").exists():
+        return [root]
+    root = root / "checkpoints" if (root / "checkpoints").exists() else root
+    if not root.exists():
+        return []
+    steps = [p for p in root.iterdir() if p.name.isdigit()]
+    return sorted(steps, key=lambda p: int(p.name), reverse=True)
+
+
+# The record of leaves.
+
+
+@jax.jit
+def _checksum(x: Array) -> UInt[Array, ""]:
+    """Sum of bits times odd position weights, modulo 2^32: any one changed element changes it.
+
+    Integer sums do not depend on their order, so the value is the same on any number of devices.
+    """
+    if x.dtype == jnp.bool_:
+        x = x.astype(jnp.uint8)
+    width = min(x.dtype.itemsize, 4)
+    bits = jax.lax.bitcast_convert_type(x, f"uint{8 * width}").reshape(-1).astype(jnp.uint32)
+    return jnp.sum(bits * (2 * jax.lax.iota(jnp.uint32, bits.size) + 1), dtype=jnp.uint32)
+
+
+def _named_leaves(tree: PyTree) -> dict[str, Any]:
+    """Leaves by dotted name; NamedTuples and dicts with the same keys give the same names."""
+    flat = jax.tree_util.tree_flatten_with_path(tree)[0]
+    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in flat}
+
+
+def _describe(state: PyTree) -> dict[str, list]:
+    """[dtype, shape, checksum] of every leaf."""
+    named = _named_leaves(state)
+    sums = jax.device_get([_checksum(x) for x in named.values()])
+    return {
+        name: [str(x.dtype), list(x.shape), int(s)]
+        for (name, x), s in zip(named.items(), sums, strict=True)
+    }
+
+
+def _seal(record: dict) -> dict:
+    """The record with a CRC of its JSON text, which survives a round trip unchanged."""
+    text = json.dumps(record, sort_keys=True)
+    return {"record": json.loads(text), "crc": zlib.crc32(text.encode())}
+
+
+def _unseal(sealed: dict) -> tuple[dict, dict]:
+    """(leaves, extra) of a sealed record; raises RuntimeError when it was altered."""
+    text = json.dumps(sealed["record"], sort_keys=True)
+    if zlib.crc32(text.encode()) != sealed["crc"]:
+        raise RuntimeError("its record of leaves is altered")
+    return sealed["record"]["leaves"], sealed["record"]["extra"]
+
+
+def _check_structure(where: epath.Path, leaves: dict, wanted: PyTree) -> None:
+    """Raise Mismatch naming the first leaf whose presence, shape or dtype differs."""
+    here = {n: f"{x.dtype}{list(x.shape)}" for n, x in _named_leaves(wanted).items()}
+    there = {n: f"{dtype}{shape}" for n, (dtype, shape, _) in leaves.items()}
+    for name in [*here, *(n for n in there if n not in here)]:
+        if here.get(name) != there.get(name):
+            raise Mismatch(
+                f"{where} is of another network: {name} is {there.get(name, 'absent')} in the "
+                f"checkpoint and {here.get(name, 'absent')} here; use its config or a new workdir"
+            )
+
+
+def _check_sums(leaves: dict, tree: PyTree) -> None:
+    """Raise RuntimeError naming the first leaf whose bits are not those that were saved."""
+    found = _describe(tree)
+    for name, expected in leaves.items():
+        if found.get(name) != expected:
+            raise RuntimeError(f"the bits of {name} are not those that were saved")
+
+
+# Paths and messages.
+
+
+def _absolute(path: str) -> epath.Path:
+    path = epath.Path(path)
+    return path if "://" in str(path) else path.expanduser().resolve()
+
+
+def _free_name(parent: epath.Path, name: str, source: epath.Path) -> None:
+    """Rename source to parent/name, or to parent/name.1, .2 ... when that is taken."""
+    target, n = parent / name, 0
+    while target.exists():
+        n += 1
+        target = parent / f"{name}.{n}"
+    source.rename(target)
+
+
+def _one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:160]
+
+
+def _warn_passed_over(directory: epath.Path, failures: list, step: int) -> None:
+    if failures and jax.process_index() == 0:
+        bad = ", ".join(str(s) for s, _ in failures)
+        _log.warning(
+            "%s: checkpoint %s is damaged (%s); using %d instead",
+            directory, bad, failures[0][1], step,
+        )  # fmt: skip
+
+
+def _raise_if_unreadable(directory: epath.Path, failures: list) -> None:
+    if failures:
+        steps = ", ".join(str(s) for s, _ in failures)
+        raise RuntimeError(
+            f"{directory} holds checkpoint {steps} but none can be read ({failures[0][1]}): "
+            "repair or move the folder, or use another workdir"
+        )
+
+
+def _not_orbax_chatter(record: logging.LogRecord) -> bool:
+    return record.levelno >= logging.WARNING or "orbax" not in record.pathname
+
+
+def _quieten() -> None:
+    """Drop orbax's messages below warnings, whatever level the program logs at."""
+    logging.getLogger("absl").addFilter(_not_orbax_chatter)
+
+
+@contextlib.contextmanager
+def _quiet_failures() -> Iterator[None]:
+    """Silence the tracebacks of abandoned read tasks: the caller reports the failure in one line."""
+    logger, hook = logging.getLogger("asyncio"), sys.unraisablehook
+    level = logger.level
+    logger.setLevel(logging.CRITICAL + 1)
+    sys.unraisablehook = lambda _: None
+    try:
+        yield
+    finally:
+        gc.collect()  # abandoned tasks complain when they are collected
+        logger.setLevel(level)
+        sys.unraisablehook = hook

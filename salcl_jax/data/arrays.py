@@ -1,0 +1,62 @@
+"""Columns of numpy arrays: an .npz file or a folder of .npy files, memory-mapped when they can be.
+
+`image` is uint8 [n, s, s, 3]; optional: `label` [n], `boxes` [n, k, 4] (zero rows = padding),
+`classes` [n, k], `class_names` [c].
+"""
+
+import os
+import struct
+import zipfile
+
+import numpy as np
+
+
+def load(path: str) -> dict[str, np.ndarray]:
+    """Column name -> array. Raises FileNotFoundError, or ValueError with the column's fault."""
+    if os.path.isdir(path):
+        names = sorted(name for name in os.listdir(path) if name.endswith(".npy"))
+        columns = {n[:-4]: np.load(os.path.join(path, n), mmap_mode="r") for n in names}
+    elif os.path.isfile(path):
+        columns = _load_npz(path)
+    else:
+        raise FileNotFoundError(f"{path!r}: no .npz file or folder of .npy files; set data.path")
+    image = columns.get("image")
+    if image is None or image.dtype != np.uint8 or image.ndim != 4 or image.shape[-1] != 3:
+        raise ValueError(f"{path}: needs a column image, uint8 [n, h, w, 3]")
+    for name in ("label", "boxes", "classes"):
+        if name in columns and len(columns[name]) != len(image):
+            raise ValueError(f"{path}: {name} has {len(columns[name])} rows, image {len(image)}")
+    return columns
+
+
+def _load_npz(path: str) -> dict[str, np.ndarray]:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            members = archive.infolist()
+    except zipfile.BadZipFile as error:
+        raise ValueError(f"{path}: not an .npz file; write it with numpy.savez") from error
+    columns = {}
+    with np.load(path) as packed:
+        for member in members:
+            name = member.filename.removesuffix(".npy")
+            mapped = _map_member(path, member)
+            columns[name] = packed[name] if mapped is None else mapped
+    return columns
+
+
+def _map_member(path: str, member: zipfile.ZipInfo) -> np.ndarray | None:
+    """Memory map of a stored (not compressed) member; None where it must be read instead."""
+    if member.compress_type != zipfile.ZIP_STORED:
+        return None
+    with open(path, "rb") as file:
+        file.seek(member.header_offset)
+        local = file.read(30)  # zip local header: name and extra lengths are its last two fields
+        file.seek(sum(struct.unpack("<HH", local[26:30])), os.SEEK_CUR)
+        version = np.lib.format.read_magic(file)
+        reader = np.lib.format.read_array_header_1_0
+        if version >= (2, 0):
+            reader = np.lib.format.read_array_header_2_0
+        shape, fortran, dtype = reader(file)
+        if fortran or dtype.hasobject or 0 in shape:
+            return None
+        return np.memmap(path, dtype, "r", file.tell(), shape)

@@ -1,0 +1,127 @@
+"""Sources over prepared tfds data sets and over the built-in scenes; never downloads."""
+
+import importlib.util
+import os
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from salcl_jax.data import records, scenes
+from salcl_jax.data.sources import Source
+
+
+def open_prepared(name: str, split: str, data_dir: str | None) -> Source:
+    """A split (also 'a+b' and 'a[:10%]') of a tfds data set that is already on disk.
+
+    Raises FileNotFoundError with the command that prepares it, ValueError for an unknown split.
+    """
+    if not name:
+        raise ValueError("tfds data: no name given; set data.name, for example coco/2017")
+    if importlib.util.find_spec("tensorflow_datasets") is None:
+        raise ValueError(f"{name}: tensorflow-datasets is not installed; pip install it")
+    import tensorflow_datasets as tfds
+
+    try:
+        builder = tfds.builder(name, data_dir=data_dir, try_gcs=False)
+        prepared = builder.is_prepared()
+    except tfds.core.DatasetNotFoundError:
+        prepared = False
+    if not prepared:
+        where = os.path.expanduser(data_dir or tfds.core.constants.DATA_DIR)
+        raise FileNotFoundError(
+            f"{name}: not prepared in {where}; run `tfds build {name} --data_dir={where}` there, "
+            "or set data.data_dir"
+        )
+    return open_builder(builder, split)
+
+
+def open_scenes(dials: Mapping[str, Any], split: str, data_dir: str | None) -> Source:
+    """The built-in scenes, written as a tfds data set on first use.
+
+    Where tensorflow-datasets is not installed the same pictures are rendered on the fly.
+    """
+    if importlib.util.find_spec("tensorflow_datasets") is None:
+        return _rendered(dials, split)
+    from salcl_jax.data import scenes_tfds
+
+    return open_builder(scenes_tfds.prepare(data_dir, **dials), split, kind="scenes")
+
+
+def _rendered(dials: Mapping[str, Any], split: str) -> Source:
+    settings = scenes.Dials(**dials)
+    first, count = settings.split(split)
+
+    def read(i: int) -> dict[str, Any]:
+        scene = settings.render(first + i)
+        label = int(scene["classes"][scenes.largest(scene)])
+        return {k: scene[k] for k in ("image", "boxes", "classes")} | {"label": label}
+
+    names = scenes.CLASS_NAMES[: settings.num_classes]
+    return Source(f"scenes/{split}", "scenes", names, count, read, True, True)
+
+
+def open_builder(builder: Any, split: str, kind: str = "tfds") -> Source:
+    """Source over a prepared tfds builder, tfrecord or array_record files."""
+    features, name = builder.info.features, f"{builder.info.full_name}:{split}"
+    if "image" not in features:
+        raise ValueError(f"{name}: has no feature 'image'; its features: {', '.join(features)}")
+    try:
+        files = builder.info.splits[split].file_instructions
+    except (KeyError, ValueError) as error:
+        known = ", ".join(builder.info.splits)
+        raise ValueError(f"{name}: no such split; it has {known}") from error
+    shards = [(os.fspath(file.filename), file.skip, file.take) for file in files]
+    fetch, size = _fetcher(shards, str(builder.info.file_format.value), name)
+    has_labels = "label" in features
+    has_boxes = "objects" in features and "bbox" in features["objects"]
+    parse = _parser(has_labels, has_boxes)
+    return Source(
+        name, kind, _class_names(features), size, lambda i: parse(fetch(i)), has_labels, has_boxes
+    )
+
+
+def _fetcher(shards: list, file_format: str, name: str) -> tuple[Callable[[int], bytes], int]:
+    if file_format == "tfrecord":
+        reader = records.Reader(records.build_index(shards))
+        return reader, len(reader)
+    if file_format == "array_record":
+        from array_record.python.array_record_data_source import ArrayRecordDataSource
+
+        parts = [f"{path}[{skip}:{skip + take}]" for path, skip, take in shards if take]
+        reader = ArrayRecordDataSource(parts)
+        return reader.__getitem__, len(reader)
+    raise ValueError(
+        f"{name}: files are {file_format}; run `tfds convert_format --out_file_format=tfrecord` on it"
+    )
+
+
+def _class_names(features: Any) -> tuple[str, ...]:
+    if "label" in features:
+        label = features["label"]
+    elif "objects" in features and "label" in features["objects"]:
+        label = features["objects"]["label"]
+    else:
+        return ()
+    return tuple(getattr(label, "names", ()) or ())
+
+
+def _parser(has_labels: bool, has_boxes: bool) -> Callable[[bytes], dict[str, Any]]:
+    from tensorflow.core.example.example_pb2 import Example
+
+    def parse(record: bytes) -> dict[str, Any]:
+        feature = Example.FromString(record).features.feature
+        example: dict[str, Any] = {"encoded": feature["image"].bytes_list.value[0]}
+        if has_labels:
+            value = feature["label"].int64_list.value
+            example["label"] = int(value[0]) if value else -1
+        if has_boxes:
+            boxes = np.array(feature["objects/bbox"].float_list.value, np.float32).reshape(-1, 4)
+            classes = np.array(feature["objects/label"].int64_list.value, np.int32)
+            classes = classes if len(classes) == len(boxes) else np.zeros(len(boxes), np.int32)
+            crowd = np.array(feature["objects/is_crowd"].int64_list.value, bool)
+            keep = ~crowd if len(crowd) == len(boxes) else np.ones(len(boxes), bool)
+            example |= {"boxes": boxes[keep], "classes": classes[keep]}
+        return example
+
+    return parse

@@ -1,0 +1,110 @@
+"""Ordered parallel map over chunk numbers, by tf.data or by a thread pool: same results."""
+
+import importlib.util
+import itertools
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+
+Chunk = dict[str, np.ndarray]
+_FOREVER = 2**62
+
+
+def has_tensorflow() -> bool:
+    return importlib.util.find_spec("tensorflow") is not None
+
+
+def parallel_map(
+    load: Callable[[int], Chunk],
+    start: int,
+    stop: int | None,
+    group: int,
+    *,
+    workers: int,
+    prefetch: int,
+    use_tf: bool,
+) -> Iterator[Chunk]:
+    """load(start), load(start + 1), ... in order, `group` of them concatenated an item.
+
+    stop None = endless. (stop - start) must be a multiple of group. An error of load is raised
+    where its item would have come.
+    """
+    run = _by_tf_data if use_tf else _by_threads
+    return run(load, start, stop, group, max(1, workers), max(1, prefetch))
+
+
+def _by_threads(load, start, stop, group, workers, prefetch) -> Iterator[Chunk]:
+    numbers = itertools.count(start) if stop is None else iter(range(start, stop))
+    with ThreadPoolExecutor(workers, thread_name_prefix="salcl-data") as pool:
+        pending: deque = deque()
+        try:
+            while True:
+                ahead = itertools.islice(numbers, max(0, group * (prefetch + 1) - len(pending)))
+                pending.extend(pool.submit(load, number) for number in ahead)
+                if not pending:
+                    return
+                parts = [pending.popleft().result() for _ in range(group)]
+                yield {key: np.concatenate([p[key] for p in parts]) for key in parts[0]}
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _by_tf_data(load, start, stop, group, workers, prefetch) -> Iterator[Chunk]:
+    tf = _tensorflow()
+    failures: list[Exception] = []
+    probe = load(start)  # the names, dtypes and shapes of what load returns
+    keys = sorted(probe)
+    shapes = [(group * probe[key].shape[0], *probe[key].shape[1:]) for key in keys]
+
+    def call(number):
+        try:
+            chunk = load(int(number))
+        except Exception as error:  # tf.data would bury it in a stack trace
+            failures.append(error)
+            raise
+        return [chunk[key] for key in keys]
+
+    def op(number):
+        return tuple(tf.numpy_function(call, [number], [probe[key].dtype for key in keys]))
+
+    def shaped(*parts):
+        return {
+            key: tf.reshape(part, shape)
+            for key, part, shape in zip(keys, parts, shapes, strict=True)
+        }
+
+    dataset = tf.data.Dataset.range(start, _FOREVER if stop is None else stop)
+    dataset = dataset.map(op, num_parallel_calls=workers, deterministic=True)
+    dataset = dataset.batch(group, drop_remainder=True).map(shaped).prefetch(prefetch)
+    iterator = dataset.with_options(_options(tf, workers)).as_numpy_iterator()
+    while True:
+        try:
+            yield next(iterator)
+        except StopIteration:
+            return
+        except tf.errors.OpError as error:
+            if failures:
+                raise failures[0] from None
+            raise ValueError(str(error).splitlines()[0]) from None
+
+
+def _tensorflow():
+    import tensorflow as tf
+
+    try:  # the accelerator belongs to jax
+        tf.config.set_visible_devices([], "GPU")
+    except RuntimeError:  # its devices were already initialised by the caller
+        pass
+    return tf
+
+
+def _options(tf, workers: int):
+    options = tf.data.Options()
+    options.threading.private_threadpool_size = workers
+    options.deterministic = True
+    options.autotune.enabled = False
+    if hasattr(options.experimental_optimization, "inject_prefetch"):
+        options.experimental_optimization.inject_prefetch = False
+    return options

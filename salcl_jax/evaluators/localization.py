@@ -1,0 +1,175 @@
+"""How well saliency maps and ROIs find the annotated objects, with chance levels beside them.
+
+Every score is computed per image first and averaged last, over the images that have boxes. A
+ground-truth box without area is padding.
+"""
+
+from collections.abc import Callable, Iterable
+
+import numpy as np
+
+from salcl_jax.types import HostBatch, Rois
+
+CENTRAL_BOX = (0.15, 0.15, 0.85, 0.85)  # about half of the canvas: the usual centre prior
+WHOLE_CANVAS = (0.0, 0.0, 1.0, 1.0)
+MATCH = 0.5  # intersection over union from which two boxes count as the same
+
+
+def evaluate(maps_fn: Callable, batches: Iterable[HostBatch]) -> dict[str, float]:
+    """Localisation scores over all images with ground truth, named 'localization/...'.
+
+    maps_fn(images uint8 [n, s, s, 3]) returns (maps [n, h, w] in [0, 1], Rois) as numpy arrays; a
+    batch needs 'boxes' [n, k, 4] and may have 'mask' [n]. Images without boxes are only counted.
+    'inside_ratio' is NaN where all is dark outside the boxes, or no image has both sides.
+    Raises ValueError where a batch has no boxes or no image of any batch has one.
+    """
+    rows, without = [], 0
+    for batch in batches:
+        if "boxes" not in batch:
+            raise ValueError("localization: the batch has no 'boxes'; use a source that has them")
+        maps, rois = maps_fn(batch["image"])
+        real = real_boxes(batch["boxes"]).any(-1)
+        mask = np.asarray(batch.get("mask", np.ones(len(real), bool)), bool)
+        without += int(np.sum(mask & ~real))
+        keep = mask & real
+        if keep.any():
+            rois = Rois(*(np.asarray(x)[keep] for x in rois))
+            rows.append(per_image(np.asarray(maps)[keep], rois, batch["boxes"][keep]))
+    if not rows:
+        raise ValueError("localization: no image has a ground-truth box; check the data")
+    scores = {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}
+    inside, outside = (_mean(scores.pop(name)) for name in ("inside", "outside"))
+    result = {name: _mean(values) for name, values in scores.items()}
+    # Not the mean of ratios: one image that is dark outside its boxes would decide that.
+    result["inside_ratio"] = inside / outside if outside else float("nan")
+    result["images"] = float(len(scores["pointing"]))
+    result["images_without_boxes"] = float(without)
+    return {f"localization/{name}": value for name, value in result.items()}
+
+
+def per_image(maps: np.ndarray, rois: Rois, boxes: np.ndarray) -> dict[str, np.ndarray]:
+    """Scores [n] of each image: maps [n, h, w], ROIs [n, r, ...], ground truth boxes [n, k, 4].
+
+    'inside' and 'outside' are the mean saliency there, both NaN where the boxes cover all.
+    """
+    inside, outside, area = saliency_means(maps, boxes)
+    centre = np.full((len(boxes), 1, 2), 0.5)
+    fixed = {name: np.tile(np.float64(box), (len(boxes), 1, 1))
+             for name, box in (("center", CENTRAL_BOX), ("whole", WHOLE_CANVAS))}
+    return {
+        "pointing": pointing(maps, boxes),
+        "corloc": corloc(rois, boxes),
+        "best_iou": best_iou(rois, boxes),
+        "recall@0.5": recall(rois, boxes),
+        "inside": inside,
+        "outside": outside,
+        "chance/pointing_center": _inside(centre, boxes)[:, 0].astype(float),
+        "chance/pointing_random": area,
+        **{f"chance/corloc_{name}": _matches(iou(box, boxes), boxes)[:, 0].astype(float)
+           for name, box in fixed.items()},
+    }
+
+
+def pointing(maps: np.ndarray, boxes: np.ndarray) -> np.ndarray:
+    """1 where the centre of the map's largest cell lies in a box (edges belong to it), else 0.
+
+    The pointing game (Zhang et al. 2016, arXiv 1608.00507) with no tolerance. Among equal largest
+    cells: the share that hits, the expected value of picking one at random.
+    """
+    n, h, w = maps.shape
+    y, x = np.meshgrid((np.arange(h) + 0.5) / h, (np.arange(w) + 0.5) / w, indexing="ij")
+    centres = np.tile(np.stack([y, x], -1).reshape(1, h * w, 2), (n, 1, 1))
+    largest = maps.reshape(n, -1) == maps.reshape(n, -1).max(-1, keepdims=True)
+    return np.sum(largest & _inside(centres, boxes), -1) / largest.sum(-1)
+
+
+def corloc(rois: Rois, boxes: np.ndarray) -> np.ndarray:
+    """1 where the valid ROI of highest score (the first of equals) matches a box, else 0 [n]."""
+    top = np.where(rois.valid, rois.score, -np.inf).argmax(-1)
+    matched = _matches(iou(rois.boxes, boxes), boxes) & np.asarray(rois.valid, bool)
+    return matched[np.arange(len(top)), top].astype(float)
+
+
+def best_iou(rois: Rois, boxes: np.ndarray) -> np.ndarray:
+    """Largest intersection over union of any valid ROI with any box [n]; 0 without valid ROI."""
+    return _valid_iou(rois, boxes).max((-2, -1), initial=0.0)
+
+
+def recall(rois: Rois, boxes: np.ndarray) -> np.ndarray:
+    """Share of the ground-truth boxes that some valid ROI matches [n]; NaN without boxes."""
+    found = (_valid_iou(rois, boxes) >= MATCH).any(-2)
+    count = real_boxes(boxes).sum(-1)
+    return np.where(count > 0, found.sum(-1) / np.maximum(count, 1), np.nan)
+
+
+def saliency_means(
+    maps: np.ndarray, boxes: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Mean saliency inside and outside the union of the boxes, and the union's area [n] each.
+
+    The map is constant over each of its cells; a cell counts by the area the union covers of it,
+    exactly. Both means are NaN where the union is empty or covers the canvas.
+    """
+    cell = 1.0 / (maps.shape[1] * maps.shape[2])
+    covered = np.stack([union_cover(own, maps.shape[1:]) for own in boxes])
+    area = covered.sum((-2, -1))
+    maps = maps.astype(np.float64)
+    mixed = (area > 1e-9) & (area < 1 - 1e-9)
+    inside = np.sum(maps * covered, (-2, -1)) / np.where(mixed, area, np.nan)
+    outside = np.sum(maps * (cell - covered), (-2, -1)) / np.where(mixed, 1 - area, np.nan)
+    return inside, outside, area
+
+
+def union_cover(boxes: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+    """Area of the union of boxes [k, 4] within each cell of an h x w grid on the canvas [h, w]."""
+    boxes = np.clip(boxes[real_boxes(boxes)].astype(np.float64), 0.0, 1.0)
+    # The edges of cells and boxes together cut the canvas into rectangles wholly in or out.
+    share, member = zip(*(_cuts(boxes[:, axis::2], shape[axis]) for axis in (0, 1)), strict=True)
+    covered = (member[0] @ member[1].T > 0).astype(np.float64)
+    return share[0] @ covered @ share[1].T
+
+
+def iou(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """Intersection over union of boxes [n, r, 4] with boxes [n, k, 4]: [n, r, k]."""
+    a, b = (np.asarray(x, np.float64) for x in (first[:, :, None], second[:, None]))
+    overlap = np.minimum(a[..., 2:], b[..., 2:]) - np.maximum(a[..., :2], b[..., :2])
+    shared = np.prod(np.maximum(overlap, 0.0), -1)
+    total = sum(np.prod(np.maximum(x[..., 2:] - x[..., :2], 0.0), -1) for x in (a, b)) - shared
+    return shared / np.where(total > 0, total, 1.0)
+
+
+def real_boxes(boxes: np.ndarray) -> np.ndarray:
+    """Which boxes [..., 4] have an area; the rest is padding."""
+    return np.all(boxes[..., 2:] > boxes[..., :2], axis=-1)
+
+
+def _valid_iou(rois: Rois, boxes: np.ndarray) -> np.ndarray:
+    counts = np.asarray(rois.valid, bool)[:, :, None] & real_boxes(boxes)[:, None, :]
+    return np.where(counts, iou(rois.boxes, boxes), 0.0)
+
+
+def _matches(overlap: np.ndarray, boxes: np.ndarray) -> np.ndarray:
+    return np.any((overlap >= MATCH) & real_boxes(boxes)[:, None, :], axis=-1)
+
+
+def _inside(points: np.ndarray, boxes: np.ndarray) -> np.ndarray:
+    """Whether points (y, x) [n, q, 2] lie in any real box [n, k, 4]: [n, q]."""
+    p, b = points[:, :, None], boxes[:, None]
+    hit = np.all((p >= b[..., :2]) & (p <= b[..., 2:]), axis=-1)
+    return np.any(hit & real_boxes(b), axis=-1)
+
+
+def _cuts(ends: np.ndarray, cells: int) -> tuple[np.ndarray, np.ndarray]:
+    """Length of each cut in each cell [cells, cuts]; whether a cut is in each box [cuts, k]."""
+    edges = np.unique(np.concatenate([np.arange(cells + 1) / cells, ends.ravel()]))
+    middle = (edges[1:] + edges[:-1]) / 2
+    owner = np.minimum((middle * cells).astype(int), cells - 1)
+    share = np.zeros((cells, len(middle)))
+    share[owner, np.arange(len(middle))] = np.diff(edges)
+    member = (middle[:, None] > ends[None, :, 0]) & (middle[:, None] < ends[None, :, 1])
+    return share, member.astype(np.float64)
+
+
+def _mean(values: np.ndarray) -> float:
+    known = values[~np.isnan(values)]
+    return float(known.mean()) if len(known) else float("nan")

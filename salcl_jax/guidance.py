@@ -1,0 +1,173 @@
+"""From the canvases of a batch to its training crops: map, regions, windows, pixels, saliency scores.
+
+Training, pictures and online localisation all look through these functions, so what a panel shows is what
+the loss sees.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, PRNGKeyArray, UInt8
+
+from salcl_jax.models.network import Network
+from salcl_jax.ops import augment, roi, saliency, views
+from salcl_jax.ops.boxes import mean_inside
+from salcl_jax.ops.crop import crop_and_resize, random_resized_crop_boxes
+from salcl_jax.types import Batch, PyTree, Rois, TrainState
+
+Config = Any  # the validated, read-only configuration; see config.py
+WHOLE = (0.0, 0.0, 1.0, 1.0)
+
+
+class Crops(NamedTuple):
+    """What the loss is computed from, and what a panel shows."""
+
+    maps: Float[Array, "b h w"] | None
+    rois: Rois | None
+    boxes: Float[Array, "b v 4"]  # windows: the pair, then the small crops
+    score: Float[Array, "b v"]  # mean saliency inside each window; 1 without a map
+    pair: Float[Array, "b 2 p p 3"]  # augmented, in [0, 1]
+    local: Float[Array, "b n q q 3"] | None  # augmented, in [0, 1]
+    local_valid: Bool[Array, "b n"] | None
+    guided: Bool[Array, "b"]  # whether guidance chose the windows of the pair
+
+
+def to_float(images: UInt8[Array, "*n s s 3"]) -> Float[Array, "*n s s 3"]:
+    """Pixels to [0, 1]."""
+    return images.astype(jnp.float32) / 255.0
+
+
+def whole_canvas(images: Float[Array, "b s s 3"], size: int) -> Float[Array, "b 1 p p 3"]:
+    """The canvas resized to `size` and normalised, as one view."""
+    box = jnp.broadcast_to(jnp.array(WHOLE)[None, None, :], (images.shape[0], 1, 4))
+    return augment.normalize(crop_and_resize(images, box, size))
+
+
+def make_saliency(network: Network, config: Config) -> Callable[..., Float[Array, "b h w"]]:
+    """Function (params, batch_stats, images in [0, 1] [b, s, s, 3]) -> maps in [0, 1] [b, h, w].
+
+    It runs the branch whose trees it is given with running BatchNorm statistics, so the map of an image
+    does not depend on the batch it comes in.
+    """
+    c = config.saliency
+
+    def maps(params: PyTree, stats: PyTree, images: Float[Array, "b s s 3"]) -> Array:
+        x = whole_canvas(images, c.size)
+        if c.source == "gradcam":
+            return saliency.normalize(_gradcam(network, params, stats, x))
+        stages, _ = network.encode(params, stats, x, train=False)
+        if c.source == "attention":
+            return saliency.normalize(saliency.attention(stages["attention"][:, 0]))
+        if c.source == "similarity":
+            features = stages["stage4"][:, 0]
+            embedding = jnp.mean(features.astype(jnp.float32), axis=(1, 2))
+            return saliency.normalize(saliency.similarity(features, embedding))
+        found = [saliency.activation(stages[stage][:, 0], c.statistic) for stage in c.stages]
+        return saliency.fuse([saliency.normalize(m) for m in found], c.fuse)
+
+    return maps
+
+
+def _gradcam(
+    network: Network, params: PyTree, stats: PyTree, x: Float[Array, "b 1 p p 3"]
+) -> Float[Array, "b h w"]:
+    """Grad-CAM of the agreement between an image and its mirror image, minus that with the other images.
+
+    The gradient is first order and stops at the last stage: it costs the projector's backward pass only.
+    """
+    stages, _ = network.encode(params, stats, x, train=False)
+    mirrored, _ = network.encode(params, stats, x[:, :, :, ::-1], train=False)
+    z_mirror = network.project(params, stats, mirrored["pooled"], train=False)[0][:, 0]
+    z_mirror = jax.lax.stop_gradient(_unit(z_mirror))
+    features = stages["stage4"][:, 0].astype(jnp.float32)
+
+    def agreement(features: Float[Array, "b h w d"]) -> Float[Array, ""]:
+        pooled = jnp.mean(features, axis=(1, 2))[:, None]
+        z = _unit(network.project(params, stats, pooled, train=False)[0][:, 0])
+        own = jnp.sum(z * z_mirror, axis=-1)
+        others = z @ jnp.mean(z_mirror, axis=0)
+        return jnp.sum(own - others)
+
+    return saliency.gradcam(features, jax.grad(agreement)(features))
+
+
+def _unit(x: Array) -> Array:
+    return x / jnp.sqrt(jnp.sum(jnp.square(x), axis=-1, keepdims=True) + 1e-12)
+
+
+def map_regions(maps: Float[Array, "b h w"], config: Config) -> Rois:
+    """Regions found in maps by the fields of `config.roi`."""
+    names = ("count", "temperature", "level", "window", "extent", "min_size", "max_size", "min_peak")
+    return roi.from_map(maps, **{name: config.roi[name] for name in names})
+
+
+def _regions(
+    key: PRNGKeyArray, maps: Float[Array, "b h w"] | None, batch: Batch, config: Config
+) -> Rois | None:
+    """Regions by `config.roi.source`: the map's own, or those of a control."""
+    c = config.roi
+    if c.source == "none":
+        return None
+    if c.source == "saliency":
+        return map_regions(maps, config)
+    if c.source == "ground_truth":
+        return roi.ground_truth(batch["boxes"], count=c.count, min_size=c.min_size)
+    if c.source == "center":
+        size = 0.5 * (c.min_size + c.max_size)
+        return roi.central(batch["image"].shape[0], count=c.count, size=size)
+    return roi.random(key, batch["aspect"], count=c.count, min_size=c.min_size, max_size=c.max_size)
+
+
+def make_crops(network: Network, config: Config) -> Callable[..., Crops]:
+    """Function (key, state, batch, strength) -> Crops; strength in [0, 1] is the warm-up's factor.
+
+    With `crops.gradient` off, maps and windows are detached here, once.
+    """
+    draw_maps = make_saliency(network, config) if config.saliency.source != "none" else None
+    fields = {name: config.pairs[name] for name in views.Shape._fields if name in config.pairs}
+    shape = views.Shape(area=config.crops.area, ratio=config.crops.ratio, **fields)
+    specs = tuple(augment.AugmentSpec(**config.augment[view]) for view in ("view1", "view2"))
+    local = config.local
+
+    def crops(
+        key: PRNGKeyArray, state: TrainState, batch: Batch, strength: Float[Array, ""] | float
+    ) -> Crops:
+        k_regions, k_random, k_pair, k_local, k_augment, k_small = jax.random.split(key, 6)
+        images, aspect = to_float(batch["image"]), batch["aspect"]
+        with jax.named_scope("saliency"):
+            maps = None
+            if draw_maps:
+                maps = draw_maps(*_branch(state, config.saliency.branch), images)
+                maps = maps if config.crops.gradient else jax.lax.stop_gradient(maps)
+        with jax.named_scope("regions"):
+            rois = _regions(k_regions, maps, batch, config)
+            scene = views.Scene(rois, maps, aspect) if rois else None
+            boxes = random_resized_crop_boxes(k_random, aspect, 2, shape.area, shape.ratio)
+            guided = jnp.zeros(aspect.shape, bool)
+            if scene and sum(config.pairs.mix.values()) > 0:
+                boxes, guided = views.pair_boxes(k_pair, boxes, scene, shape, config.pairs.mix, strength)
+            small_boxes = small_valid = None
+            if local.count:
+                small_boxes, small_valid = views.local_boxes(
+                    k_local, scene if local.source == "roi" else None, aspect, shape,
+                    count=local.count, area=local.area, invalid=local.invalid, strength=strength,
+                )  # fmt: skip
+        with jax.named_scope("crops"):
+            pair = augment.augment(k_augment, crop_and_resize(images, boxes, config.crops.size), specs)
+            small = None
+            if local.count:
+                small = crop_and_resize(images, small_boxes, local.size)
+                small = augment.augment(k_small, small, specs[:1] * local.count)
+                boxes = jnp.concatenate([boxes, small_boxes], axis=1)
+            score = mean_inside(maps, boxes) if draw_maps else jnp.ones(boxes.shape[:2])
+        return Crops(maps, rois, boxes, score, pair, small, small_valid, guided)
+
+    return crops
+
+
+def _branch(state: TrainState, name: str) -> tuple[PyTree, PyTree]:
+    if name == "online":
+        return state.params, state.batch_stats
+    return state.target_params, state.target_batch_stats

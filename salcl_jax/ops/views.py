@@ -1,0 +1,221 @@
+"""From regions of interest to the crop windows of a positive pair.
+
+Each *way* takes the two random windows that plain BYOL would use and returns the two windows that guidance
+would use instead, with a bit saying whether this image has them. `pair_boxes` draws a way per image and
+blends: while guidance is warming up, or where an image has no valid region, the random windows stay.
+"""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, PRNGKeyArray
+
+from salcl_jax.ops import boxes as box_ops
+from salcl_jax.ops.crop import random_resized_crop_boxes
+from salcl_jax.types import Rois
+
+
+class Scene(NamedTuple):
+    """What a way may look at: regions, map (None where the regions need none) and aspect of the photos."""
+
+    rois: Rois
+    maps: Float[Array, "b h w"] | None
+    aspect: Float[Array, "b"]
+
+
+class Shape(NamedTuple):
+    """How windows are drawn; the fields are those of `config.crops` and `config.pairs`."""
+
+    area: tuple[float, float]  # of a random window, share of the photo
+    ratio: tuple[float, float]  # width / height of a random window in pixels
+    jitter_shift: float  # centre shift of a jittered region, in its own sides
+    jitter_area: tuple[float, float]  # area factor of a jittered region
+    jitter_ratio: tuple[float, float]  # aspect factor of a jittered region
+    min_size: float  # smallest side of any window, in canvas sides
+    cover_share: float  # share of the region's mass that a covering window must hold
+    cover_tries: int  # random windows tried for that
+    beta: float  # of ContrastiveCrop's U-shaped centre distribution
+    threshold: float  # of ContrastiveCrop's bounding box, share of the map's maximum
+
+
+Pair = Float[Array, "b 2 4"]
+
+
+def choose(key: PRNGKeyArray, rois: Rois) -> tuple[Float[Array, "b 4"], Bool[Array, "b"]]:
+    """One valid region per image, drawn in proportion to its score, and whether there is one."""
+    weight = jnp.where(rois.valid, jnp.maximum(rois.score, 1e-3), 0.0)
+    weight = jax.lax.stop_gradient(weight)
+    draws = jax.random.gumbel(key, weight.shape) + jnp.log(jnp.maximum(weight, 1e-30))
+    index = jnp.argmax(draws, axis=1)
+    box = jnp.take_along_axis(rois.boxes, index[:, None, None], axis=1)[:, 0]
+    return box, jnp.any(rois.valid, axis=1)
+
+
+def jitter(
+    key: PRNGKeyArray, boxes: Float[Array, "b n 4"], shape: Shape
+) -> Float[Array, "b n 4"]:
+    """Move and scale boxes at random; differentiable in the boxes."""
+    k_shift, k_area, k_ratio = jax.random.split(key, 3)
+    center, size = box_ops.center_size(boxes)
+    shift = jax.random.uniform(k_shift, center.shape, minval=-1.0, maxval=1.0)
+    center = center + shape.jitter_shift * shift * size
+    area = jnp.exp(_log_uniform(k_area, boxes.shape[:2], shape.jitter_area))
+    ratio = jnp.exp(_log_uniform(k_ratio, boxes.shape[:2], shape.jitter_ratio))
+    factor = jnp.stack([jnp.sqrt(area / ratio), jnp.sqrt(area * ratio)], axis=-1)
+    return box_ops.clip_inside(box_ops.from_center_size(center, size * factor), shape.min_size)
+
+
+def roi_jitter(key: PRNGKeyArray, random: Pair, scene: Scene, shape: Shape) -> tuple:
+    """Both windows are jittered copies of one region (as ORL's intra-region pairs)."""
+    k_choose, k_jitter = jax.random.split(key)
+    box, ok = choose(k_choose, scene.rois)
+    return jitter(k_jitter, jnp.stack([box, box], axis=1), shape), ok
+
+
+def roi_global(key: PRNGKeyArray, random: Pair, scene: Scene, shape: Shape) -> tuple:
+    """The first window is a jittered region, the second an ordinary random one."""
+    pair, ok = roi_jitter(key, random, scene, shape)
+    return jnp.stack([pair[:, 0], random[:, 1]], axis=1), ok
+
+
+def roi_center(key: PRNGKeyArray, random: Pair, scene: Scene, shape: Shape) -> tuple:
+    """Random windows of the usual sizes, both centred at random points of one region."""
+    k_choose, k_point = jax.random.split(key)
+    box, ok = choose(k_choose, scene.rois)
+    center, size = box_ops.center_size(box)
+    offset = jax.random.uniform(k_point, (box.shape[0], 2, 2), minval=-0.5, maxval=0.5)
+    return _recenter(random, center[:, None, :] + offset * size[:, None, :], shape), ok
+
+
+def map_center(key: PRNGKeyArray, random: Pair, scene: Scene, shape: Shape) -> tuple:
+    """Random windows of the usual sizes, each centred at its own draw from the saliency map."""
+    b, h, w = scene.maps.shape
+    k_cell, k_inside = jax.random.split(key)
+    mass = jax.lax.stop_gradient(jax.nn.relu(scene.maps - jnp.mean(scene.maps, (1, 2), keepdims=True)))
+    logits = jnp.log(mass.reshape(b, 1, h * w) + 1e-9)
+    cell = jnp.argmax(logits + jax.random.gumbel(k_cell, (b, 2, h * w)), axis=-1)
+    inside = jax.random.uniform(k_inside, (b, 2, 2))
+    y = (cell // w + inside[..., 0]) / h
+    x = (cell % w + inside[..., 1]) / w
+    ok = jnp.any(scene.rois.valid, axis=1)
+    return _recenter(random, jnp.stack([y, x], axis=-1), shape), ok
+
+
+def cover(key: PRNGKeyArray, random: Pair, scene: Scene, shape: Shape) -> tuple:
+    """The first of several random windows that hold a share of one region's mass, else the best of them."""
+    k_choose, k_tries = jax.random.split(key)
+    box, ok = choose(k_choose, scene.rois)
+    b, tries = box.shape[0], shape.cover_tries
+    windows = random_resized_crop_boxes(k_tries, scene.aspect, 2 * tries, shape.area, shape.ratio)
+    region = jnp.broadcast_to(box[:, None, :], windows.shape)
+    common = jnp.concatenate(
+        [jnp.maximum(windows[..., :2], region[..., :2]), jnp.minimum(windows[..., 2:], region[..., 2:])], -1
+    )
+    common = jnp.concatenate([common[..., :2], jnp.maximum(common[..., 2:], common[..., :2])], -1)
+    share = _mass_inside(scene.maps, common) / jnp.maximum(_mass_inside(scene.maps, region), 1e-6)
+    share = jax.lax.stop_gradient(share).reshape(b, 2, tries)
+    enough = share >= shape.cover_share
+    index = jnp.where(jnp.any(enough, -1), jnp.argmax(enough, -1), jnp.argmax(share, -1))
+    windows = windows.reshape(b, 2, tries, 4)
+    return jnp.take_along_axis(windows, index[:, :, None, None], axis=2)[:, :, 0], ok
+
+
+def contrastive_crop(key: PRNGKeyArray, random: Pair, scene: Scene, shape: Shape) -> tuple:
+    """ContrastiveCrop: centres from a Beta distribution over the box that holds the map above a threshold."""
+    box = thresholded_box(scene.maps, shape.threshold)
+    draw = jax.random.beta(key, shape.beta, shape.beta, (box.shape[0], 2, 2))
+    center = box[:, None, :2] + draw * (box[:, None, 2:] - box[:, None, :2])
+    return _recenter(random, center, shape), jnp.any(scene.rois.valid, axis=1)
+
+
+WAYS = {
+    "roi_jitter": roi_jitter,
+    "roi_global": roi_global,
+    "roi_center": roi_center,
+    "map_center": map_center,
+    "cover": cover,
+    "contrastive_crop": contrastive_crop,
+}
+NEED_MAP = ("map_center", "cover", "contrastive_crop")
+
+
+def pair_boxes(
+    key: PRNGKeyArray,
+    random: Pair,
+    scene: Scene,
+    shape: Shape,
+    mix: Mapping[str, float],
+    strength: Float[Array, ""] | float,
+) -> tuple[Pair, Bool[Array, "b"]]:
+    """Windows of the pair, and which images are guided.
+
+    mix: probability of each way (the rest stays random); strength: the warm-up's factor in [0, 1] on them.
+    """
+    k_way, k_ways = jax.random.split(key)
+    names = [name for name, share in mix.items() if share > 0]
+    draw = jax.random.uniform(k_way, (random.shape[0],))
+    boxes, guided, low = random, jnp.zeros(random.shape[0], bool), 0.0
+    for name, k in zip(names, jax.random.split(k_ways, max(1, len(names))), strict=False):
+        windows, ok = WAYS[name](k, random, scene, shape)
+        high = low + mix[name] * strength
+        chosen = (draw >= low) & (draw < high) & ok
+        boxes = jnp.where(chosen[:, None, None], windows, boxes)
+        guided, low = guided | chosen, high
+    return boxes, guided
+
+
+def local_boxes(
+    key: PRNGKeyArray,
+    scene: Scene | None,
+    aspect: Float[Array, "b"],
+    shape: Shape,
+    *,
+    count: int,
+    area: tuple[float, float],
+    invalid: str,
+    strength: Float[Array, ""] | float,
+) -> tuple[Float[Array, "b n 4"], Bool[Array, "b n"]]:
+    """Windows of the extra small crops and whether they count: jittered regions, or random ones.
+
+    Windows are random, of area share `area`, where no scene is given and while guidance warms up. An
+    invalid region gives a random window as well; it counts if `invalid` is 'random', not if it is 'drop'.
+    """
+    k_random, k_jitter, k_use = jax.random.split(key, 3)
+    random = random_resized_crop_boxes(k_random, aspect, count, area, shape.ratio)
+    if scene is None:
+        return random, jnp.ones(random.shape[:2], bool)
+    repeat = -(-count // scene.rois.boxes.shape[1])
+    regions = jnp.tile(scene.rois.boxes, (1, repeat, 1))[:, :count]
+    valid = jnp.tile(scene.rois.valid, (1, repeat))[:, :count]
+    wanted = jax.random.uniform(k_use, valid.shape) < strength
+    guided = (valid & wanted)[:, :, None]
+    boxes = jnp.where(guided, jitter(k_jitter, regions, shape), random)
+    return boxes, valid | ~wanted if invalid == "drop" else jnp.ones_like(valid)
+
+
+def thresholded_box(maps: Float[Array, "b h w"], threshold: float) -> Float[Array, "b 4"]:
+    """Tight box around the cells above `threshold` times the maximum of each map."""
+    _, h, w = maps.shape
+    above = maps >= threshold * jnp.max(maps, axis=(1, 2), keepdims=True)
+    y0, y1 = _extent(jnp.any(above, axis=2), h)
+    x0, x1 = _extent(jnp.any(above, axis=1), w)
+    return jnp.stack([y0, x0, y1, x1], axis=-1)
+
+
+def _extent(line: Bool[Array, "b n"], n: int) -> tuple[Array, Array]:
+    return jnp.argmax(line, axis=1) / n, 1.0 - jnp.argmax(line[:, ::-1], axis=1) / n
+
+
+def _recenter(random: Pair, center: Float[Array, "b 2 2"], shape: Shape) -> Pair:
+    _, size = box_ops.center_size(random)
+    return box_ops.clip_inside(box_ops.from_center_size(center, size), shape.min_size)
+
+
+def _mass_inside(maps: Float[Array, "b h w"], boxes: Float[Array, "b n 4"]) -> Float[Array, "b n"]:
+    return box_ops.mean_inside(maps, boxes) * box_ops.area(boxes)
+
+
+def _log_uniform(key: PRNGKeyArray, shape: tuple, bounds: tuple[float, float]) -> Array:
+    return jax.random.uniform(key, shape, minval=jnp.log(bounds[0]), maxval=jnp.log(bounds[1]))

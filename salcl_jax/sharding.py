@@ -1,0 +1,129 @@
+"""Devices and processes: the mesh, and the one place where host batches become global arrays.
+
+Training is data parallel: one mesh axis `data`, batches split on axis 0, the state replicated.
+"""
+
+import collections
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from salcl_jax.types import Batch, HostBatch
+
+AXIS = "data"
+# What jax says when nothing describes a cluster, or when a notebook has already used its devices.
+_ALONE = ("coordinator_address should be defined", "must be called before any JAX")
+
+
+def make_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """Mesh of all devices (or the given ones) with the single axis `data`.
+
+    The axis is Auto: the Explicit default of jax.make_mesh refuses several operations a
+    contrastive step needs, such as batch-by-batch logits and merging views into the batch.
+    """
+    devices = jax.devices() if devices is None else list(devices)
+    return jax.make_mesh((len(devices),), (AXIS,), axis_types=(AxisType.Auto,), devices=devices)
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """Sharding of the training state: a full copy on every device."""
+    return NamedSharding(mesh, P())
+
+
+def data_sharded(mesh: Mesh) -> NamedSharding:
+    """Sharding of a batch: axis 0 split over all devices."""
+    return NamedSharding(mesh, P(AXIS))
+
+
+def local_batch_size(global_batch: int, mesh: Mesh) -> int:
+    """Examples that this process has to supply of a global batch.
+
+    Raises ValueError when the global batch does not divide over the devices.
+    """
+    if global_batch <= 0 or global_batch % mesh.size:
+        raise ValueError(
+            f"batch size {global_batch} does not divide over {mesh.size} devices: "
+            f"use a multiple of {mesh.size}"
+        )
+    return global_batch // mesh.size * len(mesh.local_devices)
+
+
+def to_device(batch: HostBatch, mesh: Mesh) -> Batch:
+    """Global arrays, sharded on axis 0, from this process's part of the batch.
+
+    Every process passes its own rows, all processes equally many; row order follows the process
+    index. Raises ValueError when a leaf's rows do not divide over this process's devices.
+    """
+    sharding, local = data_sharded(mesh), len(mesh.local_devices)
+    for name, leaf in batch.items():
+        if leaf.ndim == 0 or leaf.shape[0] % local:
+            raise ValueError(
+                f"batch['{name}'] has shape {leaf.shape}: its first axis must divide over the "
+                f"{local} devices of this process"
+            )
+    return {k: jax.make_array_from_process_local_data(sharding, v) for k, v in batch.items()}
+
+
+def prefetch_to_device(
+    iterator: Iterable[HostBatch], mesh: Mesh, depth: int = 2
+) -> Iterator[Batch]:
+    """Device batches with `depth` transfers started ahead of the one in use.
+
+    No thread is involved: transfers are asynchronous, so starting them early is enough.
+    """
+    if depth < 1:
+        raise ValueError(f"prefetch depth is {depth}: it must be at least 1")
+    iterator = iter(iterator)
+    queue = collections.deque(to_device(b, mesh) for b in itertools.islice(iterator, depth))
+    while queue:
+        yield queue.popleft()
+        queue.extend(to_device(b, mesh) for b in itertools.islice(iterator, 1))
+
+
+def initialize_distributed(mode: str, timeout: int = 300) -> None:
+    """Connect the processes of a run; call it before anything else touches jax.
+
+    Args:
+      mode: 'none' (one process), 'auto' (TPU pods, GKE and Slurm describe themselves; where nothing
+        does, one process) or 'host:port,n,i' (address of process 0, number of processes, index).
+      timeout: seconds to wait for the other processes. A process started alone on a pod would
+        otherwise wait without a word.
+
+    Prints one line 'process i of n'. Raises ValueError for another mode and RuntimeError when the
+    start fails; when the others stay away beyond the time-out jax ends the process itself.
+    """
+    options = _parse_mode(mode)
+    if mode != "none" and not jax.distributed.is_initialized():
+        who = f"process {options['process_id']} of {options['num_processes']}" if options else mode
+        print(f"distributed: {who}, waiting up to {timeout} s for the others", flush=True)
+        try:
+            jax.distributed.initialize(
+                **options, initialization_timeout=timeout, heartbeat_timeout_seconds=100
+            )
+        except (RuntimeError, ValueError) as error:
+            reason = str(error).strip().split("\n")[0]
+            if mode != "auto" or not any(alone in reason for alone in _ALONE):
+                raise RuntimeError(
+                    f"distributed start '{mode}' failed ({reason}): start all processes, "
+                    "and check that the address of process 0 is reachable"
+                ) from error
+    print(
+        f"process {jax.process_index()} of {jax.process_count()}: {jax.local_device_count()} of "
+        f"{jax.device_count()} {jax.default_backend()} devices",
+        flush=True,
+    )
+
+
+def _parse_mode(mode: str) -> dict:
+    """Arguments of jax.distributed.initialize; empty for 'none' and 'auto'."""
+    if mode in ("none", "auto"):
+        return {}
+    parts = mode.split(",")
+    if len(parts) == 3 and ":" in parts[0] and all(p.strip().isdigit() for p in parts[1:]):
+        count, index = int(parts[1]), int(parts[2])
+        if index < count:
+            return dict(coordinator_address=parts[0], num_processes=count, process_id=index)
+    raise ValueError(f"distributed mode '{mode}': use 'none', 'auto' or 'host:port,n,i' with i < n")

@@ -1,0 +1,350 @@
+"""A run: data, state, loop, and what it leaves in the workdir. All side effects are here or below.
+
+`train` reads top to bottom: open, restore or initialise, loop, close.
+"""
+
+import contextlib
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+
+from salcl_jax import checkpoint, config as config_lib, sharding
+from salcl_jax.data.pipeline import train_batches
+from salcl_jax.data.sources import Source, open_source
+from salcl_jax.evaluators import online
+from salcl_jax.guidance import make_crops
+from salcl_jax.models.network import Network, build, parameter_table
+from salcl_jax.rng import key_for
+from salcl_jax.train_step import make_init, make_train_step
+from salcl_jax.types import HostBatch, TrainState
+from salcl_jax.visualize import panel
+from salcl_jax.writer import Progress, Writer
+
+PREEMPTED = 75  # exit code: saved and left, start again to continue
+FAILED = 70  # exit code: non-finite loss, or too many unreadable images
+
+
+class Stopped(Exception):
+    """The run ended early on purpose; `code` is the exit code, the message one line for the user."""
+
+    def __init__(self, message: str, code: int):
+        super().__init__(message)
+        self.code = code
+
+
+def train(config: Any, workdir: str) -> dict:
+    """Run, or continue, the training that a validated configuration describes; returns the summary.
+
+    Raises `Stopped` when told to terminate (after saving), when the loss is not finite and when too
+    many images cannot be read.
+    """
+    mesh = sharding.make_mesh()
+    config_lib.validate(config, devices=mesh.size)
+    sources = open_sources(config)
+    config = config_lib.finish(config, devices=mesh.size, images=len(sources["train"]))
+    network = build(**config.model)
+    main = jax.process_index() == 0
+    jax.config.update("jax_compilation_cache_dir", _cache_dir())
+    with _checkpointer(config, workdir) as saved:
+        state, history, start = _restore_or_init(config, network, mesh, saved)
+        if main and start == 0:
+            print(_describe(config, state), flush=True)
+        with Writer(workdir, tensorboard=config.log.tensorboard, is_main=main, resume_step=start) as writer:
+            writer.config(config.to_dict())
+            run = _Run(config, network, mesh, sources, saved, writer, history, start)
+            summary = run.loop(state)
+            writer.summary(summary)
+    return summary
+
+
+def open_sources(config: Any) -> dict[str, Source]:
+    """Training source and those evaluation sources that the configuration names.
+
+    The pretext evaluation falls back on the training images.
+    """
+    sources = {"train": open_source(config.data.train.to_dict())}
+    for name in ("pretext", "localization", "probe_train", "probe_test"):
+        if config.eval[name].kind != "none":
+            sources[name] = open_source(config.eval[name].to_dict())
+    sources.setdefault("pretext", sources["train"])
+    if config.roi.source == "ground_truth" and not sources["train"].has_boxes:
+        raise ValueError(f"config.roi.source = 'ground_truth': {sources['train'].name} has no boxes")
+    return sources
+
+
+def _restore_or_init(
+    config: Any, network: Network, mesh: jax.sharding.Mesh, saved: checkpoint.Checkpointer
+) -> tuple[TrainState, dict, int]:
+    """State, history and step to start from: own checkpoint, else another run's weights, else scratch.
+
+    An own checkpoint whose configuration would learn something else is refused.
+    """
+    init, whole = make_init(network, config), sharding.replicated(mesh)
+    restored = saved.restore(checkpoint.abstract_like(jax.eval_shape(init), whole))
+    fields = config_lib.learnt_fields(config)
+    if restored:
+        state, extra, step = restored
+        changed = config_lib.differences(extra["fields"], fields)
+        if changed:
+            raise config_lib.ConfigError(
+                f"{saved.directory} holds a run with other settings ({'; '.join(changed[:4])}): use "
+                "another --workdir, or start from its weights with --config.init_from"
+            )
+        return state, extra["history"], step
+    state = jax.jit(init, out_shardings=whole)()
+    if config.init_from:
+        weights = checkpoint.load_params(config.init_from, checkpoint.abstract_like(state, whole))
+        state = state._replace(**jax.jit(lambda t: t, out_shardings=whole)(weights))
+    return state, {"untrained": {}, "seconds": 0.0, "seen": 0, "skipped": 0}, 0
+
+
+def _checkpointer(config: Any, workdir: str) -> checkpoint.Checkpointer:
+    c, r = config.checkpoint, config.resolved
+    return checkpoint.Checkpointer(
+        os.path.join(workdir, "checkpoints"), every_steps=r.checkpoint_every, keep=c.keep,
+        keep_every=r.keep_every, asynchronous=c.asynchronous,
+    )  # fmt: skip
+
+
+def _cache_dir() -> str:
+    return os.environ.get("JAX_COMPILATION_CACHE_DIR") or os.path.join(
+        os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "salcl_jax", "compiled"
+    )
+
+
+def _describe(config: Any, state: TrainState) -> str:
+    return f"{config}\n{parameter_table(state.params)}"
+
+
+class _Run:
+    """The loop's working set; one object a run."""
+
+    def __init__(self, config, network, mesh, sources, saved, writer, history, start):
+        self.config, self.mesh, self.sources = config, mesh, sources
+        self.saved, self.writer, self.history, self.start = saved, writer, history, start
+        self.total = config.resolved.total_steps
+        self.evaluate = online.make_evaluation(network, config, mesh, sources)
+        self.panel = _make_panel(network, config, mesh, sources)
+        whole, split = sharding.replicated(mesh), sharding.data_sharded(mesh)
+        self.step = jax.jit(
+            make_train_step(network, config),
+            in_shardings=(whole, split), out_shardings=(whole, whole), donate_argnums=0,
+        )  # fmt: skip
+        self.progress = Progress(
+            self.total, start=start, images_per_step=config.batch_size, log_every=config.log.every,
+            is_main=jax.process_index() == 0,
+        )  # fmt: skip
+        self.alarm = Alarm(config.collapse.threshold, config.collapse.patience)
+        self.interval: list[dict] = []
+        self.final: dict[str, float] = {}
+
+    def loop(self, state: TrainState) -> dict:
+        """Train to the last step; returns the summary."""
+        began, before = time.monotonic(), self.history["seconds"]
+        batches = sharding.prefetch_to_device(self._host_batches(), self.mesh)
+        if self.start == 0:
+            self.history["untrained"] = self._look(state, 0)
+        pending = None
+        with _termination() as told, self.progress:
+            for step in range(self.start + 1, self.total + 1):
+                waited = time.monotonic()
+                batch = next(batches)
+                waited = time.monotonic() - waited
+                state, measured = self.step(state, batch)
+                if pending:  # read one step late: the device is never waited for
+                    self._record(*pending, state)
+                pending = (step, measured, waited)
+                if self._due(step):
+                    self._record(*pending, state)
+                    pending = None
+                    self.history["seconds"] = before + time.monotonic() - began
+                    self._at(step, state)
+                if told() or self.saved.reached_preemption(step):
+                    if pending:
+                        self._record(*pending, state)
+                    self._save(step, state, force=True)
+                    raise Stopped(f"told to terminate: saved step {step}; start again to continue", PREEMPTED)
+        self.saved.wait()
+        return self._summary(before + time.monotonic() - began)
+
+    def _host_batches(self) -> Iterator[HostBatch]:
+        c, source = self.config.data, self.sources["train"]
+        with_boxes = self.config.roi.source == "ground_truth"
+        keep = ("image", "aspect", "skipped") + (("boxes",) if with_boxes else ())
+        found = train_batches(
+            source, batch_size=self.config.batch_size, canvas=c.canvas, seed=self.config.seed,
+            process_index=jax.process_index(), process_count=jax.process_count(),
+            start_step=self.start, window_area=c.window_area, max_boxes=c.max_boxes,
+            with_boxes=with_boxes, min_side=c.min_side, max_pixels=c.max_pixels, workers=c.workers,
+            prefetch=c.prefetch,
+        )  # fmt: skip
+        return ({name: batch[name] for name in keep} for batch in found)
+
+    def _due(self, step: int) -> bool:
+        r = self.config.resolved
+        every = (self.config.log.every, r.checkpoint_every, r.eval_every, r.panels_every)
+        return step in (1, self.total) or any(step % n == 0 for n in every)
+
+    def _at(self, step: int, state: TrainState) -> None:
+        """Everything that happens at chosen steps: lines of metrics, evaluation, pictures, checkpoint."""
+        r, last = self.config.resolved, step == self.total
+        if step % self.config.log.every == 0 or last:
+            self._log(step)
+        if step % r.eval_every == 0 or step % r.panels_every == 0 or last:
+            self.final = self._look(state, step)
+        self._save(step, state, force=step == 1 or last)  # a save that fails shall fail at once
+
+    def _record(self, step: int, measured: dict, waited: float, state: TrainState) -> None:
+        """Take in one step's figures; stops the run when they are not finite."""
+        figures = {name: float(value) for name, value in jax.device_get(measured).items()}
+        if not figures["finite"]:
+            self.progress.message(f"step {step}: loss {figures['loss']}, gradient {figures['grad_norm']}")
+            good = state._replace(failed=jax.numpy.zeros_like(state.failed))
+            self._save(step - 1, good, force=True)
+            raise Stopped(
+                f"loss or gradient not finite at step {step}: step {step - 1} is saved; lower "
+                "config.optim.lr, or look at the data of that step", FAILED,
+            )  # fmt: skip
+        if self.alarm.update(figures["spread"]):
+            self.progress.message(
+                f"step {step}: COLLAPSE ALARM: projections of different images are nearly alike (spread "
+                f"{figures['spread']:.3f} < {self.alarm.threshold} for {self.alarm.patience} steps)"
+            )
+        self.interval.append(figures | {"data_wait": waited})
+        self.progress.update(step, figures["loss"])
+
+    def _log(self, step: int) -> None:
+        rows, self.interval = self.interval, []
+        means = {f"train/{name}": float(np.mean([row[name] for row in rows])) for name in rows[0]}
+        skipped, seen = sum(row["skipped"] for row in rows), len(rows) * self.config.batch_size
+        means.pop("train/finite")
+        means["train/skipped"] = skipped
+        means["train/images_per_second"] = self.progress.images_per_second
+        means["alarm/collapse"] = float(self.alarm.raised)
+        self.writer.scalars(step, means)
+        self.history["skipped"] += skipped
+        self.history["seen"] += seen
+        share = self.history["skipped"] / (self.history["skipped"] + self.history["seen"])
+        if share > self.config.data.max_skipped:
+            raise Stopped(
+                f"{self.history['skipped']:.0f} images could not be read, {100 * share:.1f} % of all so "
+                f"far: mend {self.sources['train'].name} or raise config.data.max_skipped "
+                f"(now {self.config.data.max_skipped})", FAILED,
+            )  # fmt: skip
+
+    def _look(self, state: TrainState, step: int) -> dict[str, float]:
+        """Evaluation and pictures; returns the evaluation's figures."""
+        with self.progress.paused():
+            figures = self.evaluate(state)
+            self.writer.scalars(step, {f"eval/{name}": value for name, value in figures.items()})
+            self.writer.image(step, "scenes", self.panel(state))
+        shown = [f"{name} {figures[name]:.3f}" for name in HEADLINES if name in figures]
+        self.progress.message(f"step {step}: " + "  ".join(shown))
+        return figures
+
+    def _save(self, step: int, state: TrainState, force: bool) -> None:
+        extra = {"fields": config_lib.learnt_fields(self.config), "history": self.history}
+        self.saved.save(step, state, extra, force=force)
+
+    def _summary(self, seconds: float) -> dict:
+        return {
+            "steps": self.total,
+            "images": self.total * self.config.batch_size,
+            "images_per_second": self.progress.images_per_second,
+            "seconds": seconds,
+            "devices": f"{self.mesh.size} x {jax.devices()[0].device_kind}",
+            "skipped": self.history["skipped"],
+            "collapse_alarm": self.alarm.raised,
+            "final": self.final,
+            "untrained": self.history["untrained"],
+        }
+
+
+HEADLINES = (
+    "pretext/loss", "pretext/spread", "knn/top1", "linear/top1", "localization/pointing",
+    "localization/corloc", "localization/best_iou", "localization/inside_ratio",
+)  # fmt: skip
+
+
+class Alarm:
+    """Raised once `patience` values in a row lie below `threshold`; stays raised until one does not."""
+
+    def __init__(self, threshold: float, patience: int):
+        self.threshold, self.patience = threshold, patience
+        self._below, self.raised = 0, False
+
+    def update(self, value: float) -> bool:
+        """Take in a value; True only at the moment the alarm is raised."""
+        self._below = self._below + 1 if value < self.threshold else 0
+        before, self.raised = self.raised, self._below >= self.patience
+        return self.raised and not before
+
+
+def _make_panel(network, config, mesh, sources) -> Callable[[TrainState], np.ndarray]:
+    """Function state -> picture of the same few images, with full guidance and fixed draws."""
+    source = sources.get("localization", sources["pretext"])
+    count = min(config.log.panel_images, len(source))
+    size = online.divisible(count, mesh)
+    batch = next(iter(online.batches(source, config, batch_size=size, limit=count)))
+    draw = make_crops(network, config)
+    maps_fn = online.make_maps_fn(network, config, mesh)
+    names = [n for n in ("image", "aspect", "boxes") if n in batch]
+    if config.roi.source == "ground_truth" and "boxes" not in batch:
+        raise ValueError(f"config.roi.source = 'ground_truth': {source.name} has no boxes to draw")
+
+    def crops(state: TrainState, leaves: dict):
+        return draw(key_for(config.seed, 0, "panel"), state, leaves, 1.0)
+
+    jitted = jax.jit(crops, out_shardings=sharding.replicated(mesh))
+
+    def draw_panel(state: TrainState) -> np.ndarray:
+        leaves = sharding.to_device(online.share_of_process({n: batch[n] for n in names}), mesh)
+        found = jax.device_get(jitted(state, leaves))
+        maps, rois = maps_fn(state, batch["image"])
+        rois = found.rois or rois
+        small = [] if found.local is None else list(np.moveaxis(found.local[:count], 1, 0))
+        views = list(np.moveaxis(found.pair[:count], 1, 0))
+        tile = config.crops.size
+        views += [_enlarge(view, tile) for view in small]
+        return panel(
+            batch["image"][:count], maps[:count], type(rois)(*(x[:count] for x in rois)),
+            np.stack(views, axis=1), found.boxes[:count],
+            batch["boxes"][:count] if "boxes" in batch else None,
+        )  # fmt: skip
+
+    return draw_panel
+
+
+def _enlarge(view: np.ndarray, side: int) -> np.ndarray:
+    """Nearest-neighbour copy of crops [n, q, q, 3] at another side, so that all fit one picture."""
+    index = np.arange(side) * view.shape[1] // side
+    return view[:, index][:, :, index]
+
+
+@contextlib.contextmanager
+def _termination() -> Iterator[Callable[[], bool]]:
+    """Inside, SIGTERM and the first Ctrl-C only set a flag; a second one acts as usual.
+
+    With several processes jax's own service carries SIGTERM to all of them at one step.
+    """
+    told = []
+
+    def note(number, frame):
+        told.append(number)
+        signal.signal(number, before[number])
+
+    numbers = [signal.SIGINT] + ([signal.SIGTERM] if jax.process_count() == 1 else [])
+    before = {}
+    with contextlib.suppress(ValueError):  # not in the main thread: nothing to catch
+        before = {number: signal.signal(number, note) for number in numbers}
+    try:
+        yield lambda: bool(told)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+

@@ -1,0 +1,212 @@
+"""The training step: one pure function (state, batch) -> (state, metrics).
+
+Reading order: `make_train_step` is the step; `make_pretext` is the method (crops, branches, weighted loss).
+Randomness comes from (seed, step) alone, and the step is written for one giant device: under `jax.jit` with
+a batch sharded over a mesh it computes the same numbers.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from salcl_jax import ema, losses, metrics, optim
+from salcl_jax.guidance import Config, Crops, make_crops, to_float
+from salcl_jax.models.network import Network, forward_online, forward_target
+from salcl_jax.ops.augment import normalize
+from salcl_jax.ops.crop import crop_and_resize
+from salcl_jax.rng import key_for
+from salcl_jax.types import Batch, Metrics, PyTree, TrainState
+
+
+class Forward(NamedTuple):
+    """What both branches say about a batch."""
+
+    projection: Float[Array, "b v d"]
+    prediction: Float[Array, "b v d"]
+    target: Float[Array, "b 2 d"]  # detached
+    batch_stats: PyTree
+    target_batch_stats: PyTree
+
+
+def make_optimizer(config: Config) -> tuple[optax.GradientTransformation, optax.Schedule]:
+    """Optimizer of the configuration, and its learning rate as a function of the optimizer step."""
+    r, c = config.resolved, config.optim
+    rate = optim.schedule(
+        peak=r.peak_lr, final=r.final_lr, warmup_steps=r.warmup_steps, total_steps=r.total_steps
+    )
+    make = {name: c[name] for name in ("momentum", "weight_decay", "decay_all", "trust", "clip_norm")}
+    return optim.make(c.name, rate, **make), rate
+
+
+def make_init(network: Network, config: Config) -> Callable[[], TrainState]:
+    """Function of nothing that gives the untrained state; the target starts as a copy of the online branch."""
+    optimizer, _ = make_optimizer(config)
+
+    def init() -> TrainState:
+        key = key_for(config.seed, 0, "init")
+        params, stats = network.init(key, config.crops.size)
+        target = jax.tree.map(jnp.copy, {name: params[name] for name in ("encoder", "projector")})
+        target_stats = jax.tree.map(jnp.copy, {name: stats[name] for name in ("encoder", "projector")})
+        zero = jnp.zeros((), jnp.int32)
+        return TrainState(zero, zero, params, target, stats, target_stats, optimizer.init(params))
+
+    return init
+
+
+def guidance_strength(step: Array, config: Config) -> Float[Array, ""]:
+    """0 before `guidance.start`, 1 after `guidance.full`, linear between (shares of training)."""
+    c = config.guidance
+    progress = step.astype(jnp.float32) / config.resolved.total_steps
+    return jnp.clip((progress - c.start) / max(c.full - c.start, 1e-6), 0.0, 1.0)
+
+
+def make_pretext(network: Network, config: Config) -> Callable[..., tuple[Array, tuple]]:
+    """The method: function (params, state, batch, key, strength) -> loss, (Forward, metrics).
+
+    Differentiable in params. Pairs ask each crop's prediction for the target of the other crop, and each
+    small crop's prediction for the targets of both.
+    """
+    draw_crops = make_crops(network, config)
+    small = range(2, 2 + config.local.count)
+    pairs = [(0, 1), (1, 0)] + [(i, j) for i in small for j in (0, 1)]
+    scale = jnp.array([1.0, 1.0] + [config.local.weight / max(1, config.local.count)] * 2 * len(small))
+    weighting = {name: config.weights[name] for name in ("mode", "temperature", "floor", "normalize")}
+
+    def pretext(
+        params: PyTree, state: TrainState, batch: Batch, key: PRNGKeyArray, strength: Array
+    ) -> tuple[Array, tuple[Forward, Metrics]]:
+        crops = draw_crops(key, state._replace(params=params), batch, strength)
+        out = _forward(network, params, state, crops, own_target=config.loss.name == "simsiam")
+        with jax.named_scope("loss"):
+            value = _pair_losses(out, pairs, config)
+            valid = jnp.ones(value.shape, bool)
+            if crops.local_valid is not None:
+                valid = valid.at[:, 2:].set(jnp.repeat(crops.local_valid, 2, axis=1))
+            weight = losses.pair_weights(crops.score, valid, pairs, **weighting)
+            even = losses.pair_weights(crops.score, valid, pairs, **{**weighting, "mode": "none"})
+            weight = even + strength * (weight - even)
+            loss = losses.combine(value, weight, scale)
+        return loss, (out, metrics.of_step(loss, value, weight, out.projection, crops))
+
+    return pretext
+
+
+def _forward(
+    network: Network, params: PyTree, state: TrainState, crops: Crops, own_target: bool
+) -> Forward:
+    """Both branches in train mode; small crops go through the online branch only."""
+    pair = normalize(crops.pair)
+    with jax.named_scope("online"):
+        z, q, _, stats = forward_online(network, params, state.batch_stats, pair)
+        if crops.local is not None:
+            local = normalize(crops.local)
+            z_small, q_small, _, stats = forward_online(network, params, stats, local)
+            z, q = jnp.concatenate([z, z_small], axis=1), jnp.concatenate([q, q_small], axis=1)
+    with jax.named_scope("target"):
+        if own_target:  # SimSiam: the target is the online branch itself, detached
+            target, target_stats = z[:, :2], {name: stats[name] for name in state.target_batch_stats}
+        else:
+            detached = jax.lax.stop_gradient(pair)
+            target, target_stats = forward_target(
+                network, state.target_params, state.target_batch_stats, detached
+            )
+    return Forward(z, q, jax.lax.stop_gradient(target), stats, target_stats)
+
+
+def _pair_losses(out: Forward, pairs: losses.Pairs, config: Config) -> Float[Array, "b p"]:
+    if config.loss.name == "infonce":
+        return losses.info_nce(out.prediction, out.target, pairs, config.loss.temperature)
+    of_pairs = losses.simsiam if config.loss.name == "simsiam" else losses.byol
+    return of_pairs(out.prediction, out.target, pairs)
+
+
+def make_train_step(
+    network: Network, config: Config
+) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+    """One optimizer step over `accumulate` micro-batches; EMA and schedules advance once.
+
+    A step whose loss or gradient is not finite changes nothing but `failed`, and no later step changes
+    anything either: the caller finds the last good state in its hands.
+    """
+    optimizer, rate = make_optimizer(config)
+    pretext = make_pretext(network, config)
+    grad = jax.value_and_grad(pretext, has_aux=True)
+
+    def micro_step(state: TrainState, batch: Batch, index: Array) -> tuple:
+        key = jax.random.fold_in(key_for(config.seed, state.step, "crops"), index)
+        strength = guidance_strength(state.step, config)
+        (_, (out, measured)), grads = grad(state.params, state, batch, key, strength)
+        state = state._replace(batch_stats=out.batch_stats, target_batch_stats=out.target_batch_stats)
+        return state, grads, {**measured, "guidance": strength}
+
+    def accumulate(state: TrainState, batch: Batch) -> tuple[TrainState, PyTree, Metrics]:
+        if config.accumulate == 1:
+            return micro_step(state, batch, jnp.zeros((), jnp.int32))
+        batches = jax.tree.map(lambda x: _split(x, config.accumulate), batch)
+        index = jnp.arange(config.accumulate)
+
+        def body(state: TrainState, xs: tuple) -> tuple:
+            state, grads, measured = micro_step(state, *xs)
+            return state, (grads, measured)
+
+        state, stacked = jax.lax.scan(body, state, (batches, index))
+        return state, *jax.tree.map(lambda x: jnp.mean(x, axis=0), stacked)
+
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        new, grads, measured = accumulate(state, batch)
+        with jax.named_scope("update"):
+            updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+            params = optax.apply_updates(state.params, updates)
+            rate_ema = ema.decay(state.step, base=config.ema.base, total_steps=config.resolved.total_steps)
+            target = ema.update(state.target_params, params, rate_ema)
+        new = new._replace(
+            step=state.step + 1, params=params, target_params=target, opt_state=opt_state
+        )
+        norm = optax.tree.norm(grads)
+        finite = jnp.isfinite(norm) & jnp.isfinite(measured["loss"])
+        measured.update(
+            grad_norm=norm, learning_rate=jnp.asarray(rate(state.step)), ema=rate_ema,
+            skipped=jnp.sum(batch["skipped"]), finite=finite.astype(jnp.float32),
+        )  # fmt: skip
+        return _keep_if_good(state, new, finite), measured
+
+    return train_step
+
+
+def _split(x: Array, parts: int) -> Array:
+    """[b, ...] -> [parts, b / parts, ...] by strides, so that every device keeps its share of each part."""
+    return jnp.moveaxis(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 1, 0)
+
+
+def _keep_if_good(old: TrainState, new: TrainState, finite: Array) -> TrainState:
+    failed = jnp.where((old.failed == 0) & ~finite, old.step + 1, old.failed)
+    kept = jax.tree.map(lambda n, o: jnp.where(failed == 0, n, o), new, old)
+    return kept._replace(failed=failed)
+
+
+def make_eval_step(network: Network, config: Config) -> Callable[[TrainState, Batch], Metrics]:
+    """Loss and collapse statistics on held-out images, with full guidance and fixed draws; trains nothing."""
+    pretext = make_pretext(network, config)
+
+    def eval_step(state: TrainState, batch: Batch) -> Metrics:
+        key = key_for(config.seed, 0, "held-out crops")
+        _, (_, measured) = pretext(state.params, state, batch, key, jnp.ones(()))
+        return measured
+
+    return eval_step
+
+
+def make_feature_fn(network: Network, config: Config) -> Callable[..., Float[Array, "b m d"]]:
+    """Function (state, images uint8 [b, s, s, 3], boxes [b, m, 4]) -> pooled features of those crops."""
+    def features(state: TrainState, images: Any, boxes: Float[Array, "b m 4"]) -> Array:
+        online = config.eval.branch == "online"
+        params = state.params if online else state.target_params
+        stats = state.batch_stats if online else state.target_batch_stats
+        crops = normalize(crop_and_resize(to_float(images), boxes, config.eval.size))
+        return network.encode(params, stats, crops, train=False)[0]["pooled"]
+
+    return features
