@@ -16,6 +16,7 @@ def get_config(variant: str = "") -> lib.ConfigDict:
 
     c.data.canvas = 96
     c.data.train = lib.source("scenes", split="train")
+    c.data.max_boxes = 4
     c.data.workers = 2
 
     c.model.name = "resnet18"
@@ -38,10 +39,10 @@ def get_config(variant: str = "") -> lib.ConfigDict:
     c.eval.batch_size = 100
     c.eval.limit = 500
     c.eval.size = 64
-    c.eval.pretext = lib.source("scenes", split="val")
-    c.eval.localization = lib.source("scenes", split="val")
+    c.eval.pretext = lib.source("scenes", split="validation")
+    c.eval.localization = lib.source("scenes", split="validation")
     c.eval.probe_train = lib.source("scenes", split="train")
-    c.eval.probe_test = lib.source("scenes", split="val")
+    c.eval.probe_test = lib.source("scenes", split="validation")
     c.eval.probe_on = "object"
     c.log.every = 50
     c.checkpoint.every = 0.25
@@ -53,6 +54,7 @@ def _smoke(c: lib.ConfigDict) -> None:
     c.batch_size = 16
     c.eval.limit = 64
     c.log.every = 2
+    c.eval.every, c.log.panels = 0.0, 0.0
     for source in (c.data.train, c.eval.pretext, c.eval.localization, c.eval.probe_train, c.eval.probe_test):
         source.scenes.num_train = 64
         source.scenes.num_val = 32

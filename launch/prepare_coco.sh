@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Build the tfds records of coco/2017 in a folder or bucket (about 25 GB, plus as much while it works).
+# Build the tfds records of coco/2017 in a folder or bucket (25 GB, twice more while it works).
 #   launch/prepare_coco.sh --data-dir=gs://BUCKET/tfds [--manual=DIR] [--dry-run]
-# --manual=DIR takes the five zip files of COCO 2017 from a local folder instead of downloading them.
+# --manual=DIR takes the five zip files of COCO 2017 from a local folder, downloading nothing.
 set -euo pipefail
 
 data_dir="" manual="" work="" dry=""

@@ -4,7 +4,10 @@
 set -euo pipefail
 
 name=salcl zone="" type="" version="" project="" spot="" dry="" wait_minutes=120
-usage() { sed -n '2,3p' "$0" | cut -c3-; echo "  also: --version=RUNTIME --project=ID --wait-minutes=N"; }
+usage() {
+  sed -n '2,3p' "$0" | cut -c3-
+  echo "  also: --version=RUNTIME --project=ID --wait-minutes=N"
+}
 for arg in "$@"; do
   case $arg in
     --name=*) name=${arg#*=} ;;

@@ -1,8 +1,8 @@
 """Saving and restoring runs: the only importer of orbax.
 
-Every checkpoint carries, beside the state, a record of each leaf (dtype, shape and a checksum of its
-bits) protected by its own CRC. Orbax verifies neither the bytes of large arrays nor dtypes, so a
-flipped bit on disk or another network would otherwise be restored without a word.
+Every checkpoint carries, beside the state, a record of each leaf (dtype, shape and a checksum of
+its bits) protected by its own CRC. Orbax verifies neither the bytes of large arrays nor dtypes: a
+flipped bit on disk or another dtype would otherwise be restored without a word.
 """
 
 import contextlib
@@ -112,7 +112,7 @@ class Checkpointer:
 
         A damaged checkpoint is passed over with a warning and stays on disk: the next save renames
         it to damaged-STEP. Raises Mismatch (a ValueError) naming the first leaf that differs, and
-        RuntimeError when checkpoints exist but none can be read.
+        ValueError when checkpoints exist but none can be read.
         """
         self.wait()
         failures: list[tuple[int, str]] = []
@@ -170,7 +170,10 @@ class Checkpointer:
             return
         if jax.process_index() == 0:
             for step in self._damaged:
-                _free_name(self.directory, f"damaged-{step}", self.directory / str(step))
+                target, n = self.directory / f"damaged-{step}", 1
+                while target.exists():
+                    target, n = self.directory / f"damaged-{step}.{n}", n + 1
+                (self.directory / str(step)).rename(target)
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices("damaged checkpoints set aside")
         self._damaged = []
@@ -179,9 +182,7 @@ class Checkpointer:
 
 def abstract_like(state: PyTree, sharding: jax.sharding.Sharding) -> PyTree:
     """ShapeDtypeStructs of a state's leaves, all with one sharding: the target of a restore."""
-    return jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), state
-    )
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), state)
 
 
 def load_params(path: str, abstract_state: TrainState | None = None) -> dict:
@@ -193,7 +194,7 @@ def load_params(path: str, abstract_state: TrainState | None = None) -> dict:
 
     Returns a dict with params, target_params, batch_stats and target_batch_stats. Of several steps
     the newest readable one is taken, with a warning when newer ones are damaged. Raises
-    FileNotFoundError when there is no checkpoint, Mismatch and RuntimeError as in
+    FileNotFoundError when there is no checkpoint, Mismatch and ValueError as in
     `Checkpointer.restore`.
     """
     _quieten()
@@ -211,15 +212,15 @@ def load_params(path: str, abstract_state: TrainState | None = None) -> dict:
         _warn_passed_over(step_dir.parent, failures, int(step_dir.name))
         return trees
     _raise_if_unreadable(root, failures)
-    raise FileNotFoundError(f"no checkpoint in {root}: give a workdir, a checkpoints or STEP folder")
+    raise FileNotFoundError(f"no checkpoint in {root}: give a workdir or its checkpoints folder")
 
 
 def _read_networks(step_dir: epath.Path, abstract_state: TrainState | None) -> dict:
     leaves, _ = _unseal(json.loads((step_dir / "extra" / "metadata").read_text()))
     leaves = {k: v for k, v in leaves.items() if k.split(".")[0] in MODEL_FIELDS}
     if abstract_state is not None:
-        wanted = {f: getattr(abstract_state, f) for f in MODEL_FIELDS}
-        _check_structure(step_dir, leaves, wanted)
+        others = {f: None for f in abstract_state._fields if f not in MODEL_FIELDS}
+        _check_structure(step_dir, leaves, abstract_state._replace(**others))
     reader = ocp.PyTreeCheckpointHandler()
     tree = reader.metadata(step_dir / "state").tree
     wanted = {f: jax.tree.map(lambda _: 0, tree[f]) for f in MODEL_FIELDS}
@@ -315,15 +316,6 @@ def _absolute(path: str) -> epath.Path:
     return path if "://" in str(path) else path.expanduser().resolve()
 
 
-def _free_name(parent: epath.Path, name: str, source: epath.Path) -> None:
-    """Rename source to parent/name, or to parent/name.1, .2 ... when that is taken."""
-    target, n = parent / name, 0
-    while target.exists():
-        n += 1
-        target = parent / f"{name}.{n}"
-    source.rename(target)
-
-
 def _one_line(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())}"[:160]
 
@@ -340,7 +332,7 @@ def _warn_passed_over(directory: epath.Path, failures: list, step: int) -> None:
 def _raise_if_unreadable(directory: epath.Path, failures: list) -> None:
     if failures:
         steps = ", ".join(str(s) for s, _ in failures)
-        raise RuntimeError(
+        raise ValueError(
             f"{directory} holds checkpoint {steps} but none can be read ({failures[0][1]}): "
             "repair or move the folder, or use another workdir"
         )
@@ -357,7 +349,7 @@ def _quieten() -> None:
 
 @contextlib.contextmanager
 def _quiet_failures() -> Iterator[None]:
-    """Silence the tracebacks of abandoned read tasks: the caller reports the failure in one line."""
+    """Silence the tracebacks of abandoned read tasks: the caller reports in one line."""
     logger, hook = logging.getLogger("asyncio"), sys.unraisablehook
     level = logger.level
     logger.setLevel(logging.CRITICAL + 1)

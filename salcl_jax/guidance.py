@@ -128,8 +128,9 @@ def make_crops(network: Network, config: Config) -> Callable[..., Crops]:
     draw_maps = make_saliency(network, config) if config.saliency.source != "none" else None
     fields = {name: config.pairs[name] for name in views.Shape._fields if name in config.pairs}
     shape = views.Shape(area=config.crops.area, ratio=config.crops.ratio, **fields)
-    specs = tuple(augment.AugmentSpec(**config.augment[view]) for view in ("view1", "view2"))
     local = config.local
+    specs = [_augmentation(config, view, config.crops.size) for view in ("view1", "view2")]
+    small_specs = [_augmentation(config, "view1", local.size)] * local.count
 
     def crops(
         key: PRNGKeyArray, state: TrainState, batch: Batch, strength: Float[Array, ""] | float
@@ -155,16 +156,23 @@ def make_crops(network: Network, config: Config) -> Callable[..., Crops]:
                     count=local.count, area=local.area, invalid=local.invalid, strength=strength,
                 )  # fmt: skip
         with jax.named_scope("crops"):
-            pair = augment.augment(k_augment, crop_and_resize(images, boxes, config.crops.size), specs)
+            pair = augment.augment(k_augment, crop_and_resize(images, boxes, config.crops.size), tuple(specs))
             small = None
             if local.count:
                 small = crop_and_resize(images, small_boxes, local.size)
-                small = augment.augment(k_small, small, specs[:1] * local.count)
+                small = augment.augment(k_small, small, tuple(small_specs))
                 boxes = jnp.concatenate([boxes, small_boxes], axis=1)
             score = mean_inside(maps, boxes) if draw_maps else jnp.ones(boxes.shape[:2])
         return Crops(maps, rois, boxes, score, pair, small, small_valid, guided)
 
     return crops
+
+
+def _augmentation(config: Config, view: str, size: int) -> augment.AugmentSpec:
+    """Strengths of a view at a crop size: blur is configured in pixels at 224 px."""
+    spec = augment.AugmentSpec(**config.augment[view])
+    low, high = spec.blur_sigma
+    return spec._replace(blur_sigma=(low * size / 224, high * size / 224))
 
 
 def _branch(state: TrainState, name: str) -> tuple[PyTree, PyTree]:

@@ -67,7 +67,7 @@ def pair_weights(
     """Detached weight of each pair from the saliency scores of its crops; invalid pairs weigh 0.
 
     mode: 'none' (all 1), 'product', 'geometric' (mean) or 'minimum' of the two scores in [0, 1];
-    temperature: exponent 1/temperature on the result; floor: smallest weight before normalisation;
+    floor: smallest combined score; temperature: exponent 1/temperature on what is above it;
     normalize: mean 1 over the valid pairs of an 'image' or of the 'batch'.
     """
     i, j = _indices(pairs)
@@ -80,14 +80,16 @@ def pair_weights(
         raw = jnp.sqrt(first * second)
     else:
         raw = jnp.minimum(first, second)
-    raw = jnp.maximum(raw, floor) ** (1.0 / temperature)
-    raw = jnp.where(valid, raw, 0.0)
+    raw = jnp.where(valid, jnp.maximum(raw, floor), 0.0)
     axes = 1 if normalize == "image" else (0, 1)
-    total = jnp.sum(raw, axis=axes, keepdims=True)
-    count = jnp.sum(valid.astype(jnp.float32), axis=axes, keepdims=True)
-    flat = total <= 1e-8  # all scores zero: the pairs are equally (un)salient, so they weigh the same
+    top = jnp.max(raw, axis=axes, keepdims=True)
+    flat = top <= 1e-8  # all scores zero: the pairs are equally (un)salient, so they weigh the same
+    raw = (raw / jnp.where(flat, 1.0, top)) ** (1.0 / temperature)  # of the top: a power cannot underflow
     even = valid.astype(jnp.float32)
-    weights = jnp.where(flat, even, raw * count / jnp.where(flat, 1.0, total))
+    raw = jnp.where(flat, even, raw)
+    total = jnp.sum(raw, axis=axes, keepdims=True)
+    count = jnp.sum(even, axis=axes, keepdims=True)
+    weights = raw * count / jnp.maximum(total, 1.0)
     return jax.lax.stop_gradient(weights)
 
 
@@ -98,7 +100,7 @@ def combine(
 
     The weight is applied to the value of each pair; a pair of weight 0 cannot pass on a NaN.
     """
-    weighted = jnp.where(weight > 0, weight * value, 0.0)
+    weighted = weight * jnp.where(weight > 0, value, 0.0)
     return jnp.mean(jnp.sum(weighted * scale[None, :], axis=1))
 
 

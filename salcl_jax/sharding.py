@@ -70,7 +70,7 @@ def to_device(batch: HostBatch, mesh: Mesh) -> Batch:
 def prefetch_to_device(
     iterator: Iterable[HostBatch], mesh: Mesh, depth: int = 2
 ) -> Iterator[Batch]:
-    """Device batches with `depth` transfers started ahead of the one in use.
+    """Device batches, `depth` of them on their way or on the devices, the one in use included.
 
     No thread is involved: transfers are asynchronous, so starting them early is enough.
     """
@@ -92,8 +92,8 @@ def initialize_distributed(mode: str, timeout: int = 300) -> None:
       timeout: seconds to wait for the other processes. A process started alone on a pod would
         otherwise wait without a word.
 
-    Prints one line 'process i of n'. Raises ValueError for another mode and RuntimeError when the
-    start fails; when the others stay away beyond the time-out jax ends the process itself.
+    Prints one line 'process i of n'. Raises ValueError for another mode and when the start
+    fails; when the others stay away beyond the time-out jax ends the process itself.
     """
     options = _parse_mode(mode)
     if mode != "none" and not jax.distributed.is_initialized():
@@ -106,7 +106,7 @@ def initialize_distributed(mode: str, timeout: int = 300) -> None:
         except (RuntimeError, ValueError) as error:
             reason = str(error).strip().split("\n")[0]
             if mode != "auto" or not any(alone in reason for alone in _ALONE):
-                raise RuntimeError(
+                raise ValueError(
                     f"distributed start '{mode}' failed ({reason}): start all processes, "
                     "and check that the address of process 0 is reachable"
                 ) from error

@@ -148,7 +148,8 @@ class _Run:
         began, before = time.monotonic(), self.history["seconds"]
         batches = sharding.prefetch_to_device(self._host_batches(), self.mesh)
         if self.start == 0:
-            self.history["untrained"] = self._look(state, 0)
+            self.history["untrained"] = self._evaluate(0, state)
+            self._draw(0, state)
         pending = None
         with _termination() as told, self.progress:
             for step in range(self.start + 1, self.total + 1):
@@ -195,8 +196,10 @@ class _Run:
         r, last = self.config.resolved, step == self.total
         if step % self.config.log.every == 0 or last:
             self._log(step)
-        if step % r.eval_every == 0 or step % r.panels_every == 0 or last:
-            self.final = self._look(state, step)
+        if step % r.eval_every == 0 or last:
+            self.final = self._evaluate(step, state)
+        if step % r.panels_every == 0 or last:
+            self._draw(step, state)
         self._save(step, state, force=step == 1 or last)  # a save that fails shall fail at once
 
     def _record(self, step: int, measured: dict, waited: float, state: TrainState) -> None:
@@ -237,15 +240,17 @@ class _Run:
                 f"(now {self.config.data.max_skipped})", FAILED,
             )  # fmt: skip
 
-    def _look(self, state: TrainState, step: int) -> dict[str, float]:
-        """Evaluation and pictures; returns the evaluation's figures."""
+    def _evaluate(self, step: int, state: TrainState) -> dict[str, float]:
         with self.progress.paused():
             figures = self.evaluate(state)
-            self.writer.scalars(step, {f"eval/{name}": value for name, value in figures.items()})
-            self.writer.image(step, "scenes", self.panel(state))
+        self.writer.scalars(step, {f"eval/{name}": value for name, value in figures.items()})
         shown = [f"{name} {figures[name]:.3f}" for name in HEADLINES if name in figures]
         self.progress.message(f"step {step}: " + "  ".join(shown))
         return figures
+
+    def _draw(self, step: int, state: TrainState) -> None:
+        with self.progress.paused():
+            self.writer.image(step, "scenes", self.panel(state))
 
     def _save(self, step: int, state: TrainState, force: bool) -> None:
         extra = {"fields": config_lib.learnt_fields(self.config), "history": self.history}

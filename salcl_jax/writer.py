@@ -4,6 +4,7 @@ The only importer of tensorboardX. Folders may be local or on a bucket (gs://...
 """
 
 import contextlib
+import io
 import json
 import logging
 import math
@@ -15,7 +16,7 @@ import time
 from collections.abc import Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, SupportsFloat
 
 import numpy as np
 from etils import epath
@@ -208,7 +209,10 @@ def _tensorboard(folder: epath.Path, resume_step: int) -> Any:
     except ImportError:
         _log.warning("tensorboardX is not installed: no TensorBoard files (metrics.jsonl has all)")
         return None
-    return SummaryWriter(str(folder), purge_step=resume_step + 1)
+    # Its file names count seconds: the suffix keeps a quick restart from overwriting the last one.
+    return SummaryWriter(
+        str(folder), purge_step=resume_step + 1, filename_suffix=f".{time.time_ns()}"
+    )
 
 
 class Progress:
@@ -227,7 +231,7 @@ class Progress:
         images_per_step: int = 1,
         log_every: int = 10,
         is_main: bool = True,
-        stream: TextIO | None = None,
+        stream: io.TextIOBase | None = None,
     ):
         self._total, self._images, self._every = total, images_per_step, max(log_every, 1)
         self._main, self._stream = is_main, stream or sys.stderr
@@ -243,10 +247,10 @@ class Progress:
 
     @property
     def images_per_second(self) -> float:
-        """Rate between the last two reports, 0 before; the first step, which compiles, is left out."""
+        """Rate between the last two reports, 0 before; without the first step, which compiles."""
         return self._rate
 
-    def update(self, step: int, loss: float | None = None) -> None:
+    def update(self, step: int, loss: SupportsFloat | None = None) -> None:
         """Tell that `step` is done; `loss` when it is known. Prints at every log_every-th step."""
         self._loss = self._loss if loss is None else float(loss)
         now = time.monotonic()

@@ -116,6 +116,16 @@ def test_slurm_connects_processes_only_when_there_are_several_nodes():
     assert dry_run("slurm.sbatch", "--config=a", SLURM_JOB_NUM_NODES="4")[0][-1].endswith("=auto")
 
 
+def test_slurm_gives_each_process_all_gpus_of_its_node(tmp_path):
+    srun = tmp_path / "srun"
+    srun.write_text('#!/bin/sh\necho "${JAX_LOCAL_DEVICE_IDS-unset}" "$2" "$4"\n')
+    srun.chmod(0o755)
+    path = f"{tmp_path}:/usr/bin:/bin"
+    for gpus, seen in (("8", "0,1,2,3,4,5,6,7"), ("1", "0"), ("", "unset")):
+        result = run("slurm.sbatch", "--config=a", PATH=path, SLURM_GPUS_ON_NODE=gpus)
+        assert result.stdout.split() == [seen, "python", "salcl_jax.main"], result.stderr
+
+
 FAKE_TFDS = """
 import os, types
 class Config:

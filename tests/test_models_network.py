@@ -148,23 +148,26 @@ def test_bfloat16_computes_low_and_keeps_high(kind):
 
 
 @pytest.mark.parametrize("kind", ["resnet", "vit"])
-def test_remat_changes_no_gradient(kind, tiny):
+def test_remat_changes_no_gradient(kind):
+    shapes = jax.eval_shape(lambda: _tiny(kind).init(jax.random.key(0), SIZE))
+    rng = np.random.default_rng(0)
+    params, stats = jax.tree.map(lambda a: jnp.float32(rng.uniform(0, 0.2, a.shape)), shapes)
     results = []
-    params, stats = tiny[1:] if kind == "resnet" else _tiny(kind).init(jax.random.key(0), SIZE)
     for remat in (False, True):
         network = _tiny(kind, remat=remat)
-        own, _ = jax.eval_shape(lambda network=network: network.init(jax.random.key(0), SIZE))
-        assert jax.tree.structure(own) == jax.tree.structure(params)
+        own = jax.eval_shape(lambda network=network: network.init(jax.random.key(0), SIZE))
+        assert jax.tree.structure(own) == jax.tree.structure(shapes)
 
         def loss(params, network=network):
-            _, q, _, new = forward_online(network, params, stats, _images())
-            return jnp.sum(q**2), new
+            outputs, new = network.encode(params, stats, _images(2), train=True)
+            return jnp.mean(outputs["stage4"] ** 2), new
 
         grad = jax.grad(loss, has_aux=True)
         assert ("remat" in str(jax.make_jaxpr(grad)(params))) == remat
         results.append(jax.jit(grad)(params))
-    assert max(np.abs(g).max() for g in jax.tree.leaves(results[0][0]["encoder"])) > 1e-3
-    _close(*results, atol=1e-4)
+    leaves = jax.tree.leaves(results[0][0]["encoder"])
+    assert min(np.abs(g).max() for g in leaves) > 0 and max(np.abs(g).max() for g in leaves) > 1e-2
+    _close(*results)
 
 
 def test_statistics_are_global_over_a_sharded_batch(tiny):

@@ -41,13 +41,11 @@ def test_position_embedding_element_by_element():
         position_embedding(2, 2, 6)
 
 
-def _random_variables(net: ViT, x: jnp.ndarray) -> dict:
-    """Parameters with nothing at zero or one, so that every one of them shows in the output."""
-    params = net.init(jax.random.key(0), x, views=1, train=False)["params"]
-    rng = np.random.default_rng(0)
-    return {
-        "params": jax.tree.map(lambda p: p + jnp.float32(0.2 * rng.normal(size=p.shape)), params)
-    }
+def _random_variables(net: ViT, images: np.ndarray) -> dict:
+    """Random values everywhere, so that every parameter shows in the output."""
+    rng, x = np.random.default_rng(0), jnp.asarray(images)
+    shapes = jax.eval_shape(lambda key: net.init(key, x, views=1, train=False), jax.random.key(0))
+    return jax.tree.map(lambda p: jnp.float32(0.3 * rng.normal(size=p.shape)), shapes)
 
 
 def _torch_layer(torch, p: dict, width: int, heads: int):
@@ -85,7 +83,7 @@ def test_equals_torch(pool):
     h, w, width = 3, 2, TINY["width"]
     images = np.random.default_rng(1).normal(size=(2, 16 * h, 16 * w, 3)).astype(np.float32)
     net = ViT(**TINY, pool=pool)
-    variables = _random_variables(net, jnp.asarray(images))
+    variables = _random_variables(net, images)
     got = jax.jit(lambda v, x: net.apply(v, x, views=1, train=True))(variables, images)
 
     p = jax.tree.map(lambda a: np.array(a), variables["params"])

@@ -133,7 +133,11 @@ TWO_PROCESSES = """
     def make(x):
         kernel = jnp.arange(600.0).reshape(20, 30) / 7 + x.mean()
         params = {"encoder": {"kernel": kernel}}
-        return TrainState(jnp.int32(5), params, jax.tree.map(jnp.copy, params), {}, {}, {})
+        return TrainState(
+            step=jnp.int32(5), failed=jnp.int32(0), params=params,
+            target_params=jax.tree.map(jnp.copy, params),
+            batch_stats={}, target_batch_stats={}, opt_state={},
+        )
 
     state = jax.jit(make, out_shardings=s.replicated(mesh))(batch["x"])
     expected = np.asarray(state.params["encoder"]["kernel"]).tobytes()

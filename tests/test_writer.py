@@ -14,9 +14,7 @@ from salcl_jax.writer import Progress, Writer
 
 
 def open_writer(folder, resume_step=0, tensorboard=False, is_main=True):
-    return Writer(
-        str(folder), tensorboard=tensorboard, is_main=is_main, resume_step=resume_step
-    )
+    return Writer(str(folder), tensorboard=tensorboard, is_main=is_main, resume_step=resume_step)
 
 
 def read_lines(folder):

@@ -189,7 +189,7 @@ def _clutter(rng: np.random.Generator, image: np.ndarray, amount: float) -> np.n
 
 
 def _place(rng, size, extent, others) -> tuple[float, float]:
-    """A centre with the object inside the image; the second-best spots only if crowded."""
+    """A centre with the object inside the image, apart from the others while there is room."""
     half = extent / 2
     for centre in rng.uniform(half, max(size - half, half + 1e-3), (6, 2)).tolist():
         gaps = (

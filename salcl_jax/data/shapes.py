@@ -32,7 +32,7 @@ def _disk(u: Field, v: Field) -> Field:
 
 
 def _square(u: Field, v: Field) -> Field:
-    return _bar(u, v, 0, 0, 0.8, 0.8)
+    return _bar(u, v, 0.0, 0.0, 0.8, 0.8)
 
 
 def _triangle(u: Field, v: Field) -> Field:
@@ -48,7 +48,7 @@ def _ring(u: Field, v: Field) -> Field:
 
 
 def _cross(u: Field, v: Field) -> Field:
-    return np.minimum(_bar(u, v, 0, 0, 0.95, 0.3), _bar(u, v, 0, 0, 0.3, 0.95))
+    return np.minimum(_bar(u, v, 0.0, 0.0, 0.95, 0.3), _bar(u, v, 0.0, 0.0, 0.3, 0.95))
 
 
 def _crescent(u: Field, v: Field) -> Field:
@@ -61,7 +61,7 @@ def _heart(u: Field, v: Field) -> Field:
 
 
 def _ell(u: Field, v: Field) -> Field:
-    return np.minimum(_bar(u, v, -0.5, 0, 0.32, 0.9), _bar(u, v, 0, 0.58, 0.82, 0.32))
+    return np.minimum(_bar(u, v, -0.5, 0.0, 0.32, 0.9), _bar(u, v, 0.0, 0.58, 0.82, 0.32))
 
 
 def _hexagon(u: Field, v: Field) -> Field:
@@ -70,7 +70,7 @@ def _hexagon(u: Field, v: Field) -> Field:
 
 def _arrow(u: Field, v: Field) -> Field:
     head = np.maximum(v - 0.05, np.abs(u) * 0.78 - 0.62 * (v + 0.95))
-    return np.minimum(head, _bar(u, v, 0, 0.45, 0.24, 0.5))
+    return np.minimum(head, _bar(u, v, 0.0, 0.45, 0.24, 0.5))
 
 
 def _flower(u: Field, v: Field) -> Field:
@@ -78,9 +78,8 @@ def _flower(u: Field, v: Field) -> Field:
 
 
 def _aitch(u: Field, v: Field) -> Field:
-    return np.minimum(
-        np.maximum(np.abs(np.abs(u) - 0.62) - 0.24, np.abs(v) - 0.88), _bar(u, v, 0, 0, 0.6, 0.2)
-    )
+    posts = np.maximum(np.abs(np.abs(u) - 0.62) - 0.24, np.abs(v) - 0.88)
+    return np.minimum(posts, _bar(u, v, 0.0, 0.0, 0.6, 0.2))
 
 
 def _half_disk(u: Field, v: Field) -> Field:

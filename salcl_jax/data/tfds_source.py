@@ -11,6 +11,11 @@ from salcl_jax.data import records, scenes
 from salcl_jax.data.sources import Source
 
 
+def _installed() -> bool:
+    names = ("tensorflow", "tensorflow_datasets")
+    return all(importlib.util.find_spec(name) is not None for name in names)
+
+
 def open_prepared(name: str, split: str, data_dir: str | None) -> Source:
     """A split (also 'a+b' and 'a[:10%]') of a tfds data set that is already on disk.
 
@@ -18,8 +23,8 @@ def open_prepared(name: str, split: str, data_dir: str | None) -> Source:
     """
     if not name:
         raise ValueError("tfds data: no name given; set data.name, for example coco/2017")
-    if importlib.util.find_spec("tensorflow_datasets") is None:
-        raise ValueError(f"{name}: tensorflow-datasets is not installed; pip install it")
+    if not _installed():
+        raise ValueError(f"{name}: needs `pip install tensorflow-cpu tensorflow-datasets`")
     import tensorflow_datasets as tfds
 
     try:
@@ -39,9 +44,9 @@ def open_prepared(name: str, split: str, data_dir: str | None) -> Source:
 def open_scenes(dials: Mapping[str, Any], split: str, data_dir: str | None) -> Source:
     """The built-in scenes, written as a tfds data set on first use.
 
-    Where tensorflow-datasets is not installed the same pictures are rendered on the fly.
+    Where tensorflow or tensorflow-datasets is missing the same pictures are rendered on the fly.
     """
-    if importlib.util.find_spec("tensorflow_datasets") is None:
+    if not _installed():
         return _rendered(dials, split)
     from salcl_jax.data import scenes_tfds
 
@@ -92,7 +97,8 @@ def _fetcher(shards: list, file_format: str, name: str) -> tuple[Callable[[int],
         reader = ArrayRecordDataSource(parts)
         return reader.__getitem__, len(reader)
     raise ValueError(
-        f"{name}: files are {file_format}; run `tfds convert_format --out_file_format=tfrecord` on it"
+        f"{name}: files are {file_format}; run `tfds convert_format` with "
+        "--out_file_format=tfrecord on them"
     )
 
 

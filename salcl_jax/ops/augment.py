@@ -39,7 +39,7 @@ class AugmentSpec(NamedTuple):
 
 
 class Decisions(NamedTuple):
-    """What happens to one crop: amounts[i] belongs to operation i, order is a permutation of 0-3."""
+    """What happens to one crop: amounts[i] belongs to operation i, order is a permutation."""
 
     flip: Bool[Array, ""]
     jitter: Bool[Array, ""]

@@ -45,7 +45,7 @@ def from_map(
     has_mass = jnp.mean(mass, axis=(1, 2)) > EMPTY
     left, found, valid = mass, [], []
     for _ in range(count):
-        center, size = _region(left, mass, temperature, window)
+        center, size = _region(left, temperature, window)
         size = jnp.clip(size * extent, min_size, max_size)
         box = box_ops.clip_inside(box_ops.from_center_size(center, size), min_size)
         valid.append(has_mass & (jnp.max(left, axis=(1, 2)) >= min_peak * strongest))
@@ -63,11 +63,11 @@ def random(
     min_size: float,
     max_size: float,
 ) -> Rois:
-    """Control: regions of the sizes that `from_map` may give, anywhere on the canvas."""
-    boxes = random_resized_crop_boxes(
-        key, aspect, count, (min_size**2, max_size**2), (3 / 4, 4 / 3)
-    )
-    return _all_valid(boxes)
+    """Control: regions with sides in [min_size, max_size], as `from_map` may give, anywhere on the canvas."""
+    boxes = random_resized_crop_boxes(key, aspect, count, (min_size**2, max_size**2), (3 / 4, 4 / 3))
+    center, size = box_ops.center_size(boxes)
+    size = jnp.clip(size, min_size, max_size)  # the drawn ratio may carry a side beyond them
+    return _all_valid(box_ops.clip_inside(box_ops.from_center_size(center, size), min_size))
 
 
 def central(batch: int, *, count: int, size: float) -> Rois:
@@ -104,11 +104,11 @@ def _grid(n: int) -> Float[Array, "n"]:
 
 
 def _region(
-    left: Float[Array, "b h w"], mass: Float[Array, "b h w"], temperature: float, window: float
+    left: Float[Array, "b h w"], temperature: float, window: float
 ) -> tuple[Float[Array, "b 2"], Float[Array, "b 2"]]:
-    """Centre and side of the region around the strongest cell left, from moments of `mass` near it."""
+    """Centre and side of the region around the strongest cell left, from moments of what is near it."""
     b, h, w = left.shape
-    peak = jax.lax.stop_gradient(jnp.max(left, axis=(1, 2), keepdims=True))
+    peak = jnp.max(left, axis=(1, 2), keepdims=True)
     relative = left / jnp.maximum(peak, EMPTY)
     attention = jax.nn.softmax(relative.reshape(b, h * w) / temperature).reshape(b, h, w)
     center = jnp.stack(_moments(attention)[0], axis=-1)
@@ -130,7 +130,9 @@ def _moments(mass: Float[Array, "b h w"]) -> tuple[tuple, tuple]:
     mass = mass + EMPTY / (h * w)
     total = jnp.sum(mass, axis=(1, 2))
     rows, cols = jnp.sum(mass, axis=2) / total[:, None], jnp.sum(mass, axis=1) / total[:, None]
-    mean_y, mean_x = rows @ _grid(h), cols @ _grid(w)
+    # Sums, not matrix products: those round their inputs on accelerators.
+    mean_y = jnp.sum(rows * _grid(h)[None, :], axis=1)
+    mean_x = jnp.sum(cols * _grid(w)[None, :], axis=1)
     var_y = jnp.sum(rows * jnp.square(_grid(h)[None, :] - mean_y[:, None]), axis=1)
     var_x = jnp.sum(cols * jnp.square(_grid(w)[None, :] - mean_x[:, None]), axis=1)
     return (mean_y, mean_x), (var_y, var_x)

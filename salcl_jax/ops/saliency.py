@@ -46,9 +46,13 @@ def attention(weights: Float[Array, "b n h w"]) -> Float[Array, "b h w"]:
 
 def normalize(maps: Float[Array, "b h w"]) -> Float[Array, "b h w"]:
     """Stretch each map to [0, 1]; a flat map becomes all ones, with zero gradient, never NaN."""
+    # To magnitude 1 first: the gradient of the division squares the span, which would underflow. The result
+    # does not depend on the magnitude, so it needs no gradient.
+    magnitude = jax.lax.stop_gradient(jnp.max(jnp.abs(maps), axis=(1, 2), keepdims=True))
+    maps = maps / jnp.maximum(magnitude, jnp.finfo(maps.dtype).tiny)
     low = jnp.min(maps, axis=(1, 2), keepdims=True)
     high = jnp.max(maps, axis=(1, 2), keepdims=True)
-    flat = high - low <= FLAT * jnp.maximum(jnp.abs(high), jnp.abs(low))
+    flat = high - low <= FLAT
     span = jnp.where(flat, 1.0, high - low)  # safe before the division: no NaN in the gradient
     return jnp.where(flat, jnp.ones_like(maps), (maps - low) / span)
 
