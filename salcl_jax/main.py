@@ -44,7 +44,7 @@ def _check_workdir(path: str | None) -> None:
 
 def _explain(error: Exception, argv: list[str]) -> str:
     """What is wrong, without what absl and ml_collections wrap around it."""
-    text = str(error).replace("\\", "")
+    text = str(error).replace("\\n", " ").replace("\\", "")  # a KeyError quotes its words
     given = [arg.lstrip("-").partition("=")[::2] for arg in argv]
     follows = dict(zip((name for name, _ in given), [*argv[1:], ""], strict=True))
     file = (dict(given).get("config") or follows.get("config", "")).split(":")[0]

@@ -287,3 +287,21 @@ for spec in (
     )
     assert run.returncode == 0, run.stderr
     assert run.stdout.splitlines() == [f"(4, 16, 16, 3) {n}" for n in (3, 1, 1)]
+
+
+def test_the_program_ends_while_a_stream_is_open(tmp_path):
+    pytest.importorskip("tensorflow")
+    rng = np.random.default_rng(0)
+    for i in range(4):
+        Image.fromarray(rng.integers(0, 256, (400, 400, 3), np.uint8)).save(tmp_path / f"{i}.jpg")
+    script = f"""
+from salcl_jax.data import pipeline, sources
+source = sources.open_source({{"kind": "folder", "roots": ({str(tmp_path)!r},)}})
+batches = pipeline.train_batches(source, batch_size=32, canvas=200, seed=0, workers=4, prefetch=8)
+print(next(batches)["image"].shape)
+"""
+    root = pathlib.Path(__file__).parents[1]
+    run = subprocess.run(
+        [sys.executable, "-c", script], cwd=root, capture_output=True, text=True, timeout=90
+    )
+    assert run.returncode == 0 and run.stdout.strip() == "(32, 200, 200, 3)", run.stderr

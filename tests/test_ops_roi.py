@@ -1,5 +1,7 @@
 """Regions on maps whose regions are known, against numpy moments and central differences; the controls."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -71,13 +73,11 @@ def test_a_rectangle_is_found_as_it_is(h, w):
 
 
 def test_extent_scales_and_the_bounds_clip():
-    maps = _rectangle(14, 14, 4, 5, 8, 11)[None]
-    fields = {"window": WIDE, "count": 1}
-    boxes = _find(maps, extent=1.3, **fields)[0][0, 0]
-    np.testing.assert_allclose(_sizes(boxes), [1.3 * 4 / 14, 1.3 * 6 / 14], rtol=1e-2)
-    boxes = _find(maps, min_size=0.35, max_size=0.4, **fields)[0][0, 0]
-    np.testing.assert_allclose(_sizes(boxes), [0.35, 0.4], atol=1e-6)
-    np.testing.assert_allclose(_centers(boxes), [6 / 14, 8 / 14], atol=2e-3)
+    maps = np.stack([_rectangle(14, 14, 4, 5, 8, 11), _rectangle(14, 14, 5, 3, 7, 7)])
+    boxes, _, _ = _find(maps, window=WIDE, count=1, extent=1.3, min_size=0.35, max_size=0.45)
+    sizes = [[1.3 * 4 / 14, 0.45], [0.35, 1.3 * 4 / 14]]
+    np.testing.assert_allclose(_sizes(boxes)[:, 0], sizes, rtol=1e-2)
+    np.testing.assert_allclose(_centers(boxes)[:, 0] * 14, [[6, 8], [6, 5]], atol=0.03)
 
 
 @pytest.mark.parametrize("n", [7, 28])
@@ -97,26 +97,26 @@ def test_a_gaussian_blob(n):
             assert _sizes(boxes)[i, 0, axis] == pytest.approx(np.sqrt(12 * variance), rel=0.06)
 
 
-@pytest.mark.parametrize("h, w", [(14, 20), (7, 7)])
+@pytest.mark.parametrize("h, w", [(14, 14), (7, 9)])
 def test_two_blobs_give_two_regions_strongest_first(h, w):
-    left, right = np.array([[0.5, 0.22], [0.5, 0.78]])
-    strong, weak = (left, right), (right, left)
-    maps = [_blob(h, w, a, 0.08) + _blob(h, w, b, 0.08, 0.8) for a, b in zip(strong, weak, strict=True)]
+    strong = np.array([[0.5, 0.22], [0.5, 0.78], [0.22, 0.4], [0.78, 0.6]])
+    maps = [_blob(h, w, c, 0.08) + _blob(h, w, 1 - c, 0.08, 0.8) for c in strong]
     boxes, valid, _ = _find(np.stack(maps))
-    np.testing.assert_array_equal(valid, [[True, True, False]] * 2)
+    np.testing.assert_array_equal(valid, [[True, True, False]] * 4)
     np.testing.assert_allclose(_centers(boxes)[:, 0], strong, atol=1 / max(h, w))
-    np.testing.assert_allclose(_centers(boxes)[:, 1], weak, atol=1 / max(h, w))
+    np.testing.assert_allclose(_centers(boxes)[:, 1], 1 - strong, atol=1 / max(h, w))
     assert _sizes(boxes)[:, :2].max() < 0.4
 
 
 def test_three_blobs_give_three_regions_strongest_first():
     centers = np.array([[0.2, 0.2], [0.8, 0.3], [0.4, 0.8]])
-    orders = np.array([[0, 1, 2], [2, 0, 1], [1, 2, 0]])
+    orders = np.array([[0, 1, 2], [2, 0, 1], [1, 2, 0], [2, 1, 0]])
     heights = (1.0, 0.85, 0.7)
     maps = [sum(_blob(14, 14, centers[i], 0.08, heights[k]) for k, i in enumerate(o)) for o in orders]
-    boxes, valid, _ = _find(np.stack(maps), count=4, min_peak=0.3)
-    np.testing.assert_array_equal(valid, [[True, True, True, False]] * 3)
-    np.testing.assert_allclose(_centers(boxes)[:, :3], centers[orders], atol=1 / 14)
+    boxes, valid, _ = _find(np.stack(maps))
+    assert valid.all()
+    np.testing.assert_allclose(_centers(boxes), centers[orders], atol=1 / 14)
+    assert _sizes(boxes).max() < 0.4
 
 
 def test_min_peak_decides_on_the_share_of_the_strongest_peak():
@@ -124,8 +124,8 @@ def test_min_peak_decides_on_the_share_of_the_strongest_peak():
     cut = maps.mean() + 0.25 * (maps.max() - maps.mean())
     share = float((maps[7:, 7:].max() - cut) / (maps.max() - cut))
     assert 0.2 < share < 0.6
-    np.testing.assert_array_equal(_find(maps[None], min_peak=0.9 * share)[1][0], [True, True, False])
-    np.testing.assert_array_equal(_find(maps[None], min_peak=1.1 * share)[1][0], [True, False, False])
+    np.testing.assert_array_equal(_find(maps[None], count=2, min_peak=0.9 * share)[1][0], [True, True])
+    np.testing.assert_array_equal(_find(maps[None], count=2, min_peak=1.1 * share)[1][0], [True, False])
 
 
 def test_a_flat_map_has_no_region():
@@ -162,7 +162,7 @@ def test_a_blob_on_the_border_stays_on_the_canvas():
 
 def test_score_is_the_mean_of_the_map_inside_the_box():
     maps = np.random.default_rng(0).uniform(size=(3, 6, 9)).astype(np.float32)
-    boxes, _, score = _find(maps, extent=0.7)
+    boxes, _, score = _find(maps)
     for i in range(3):
         for j in range(3):
             assert score[i, j] == pytest.approx(_mean_inside(maps[i], boxes[i, j]), abs=1e-5)
@@ -202,7 +202,7 @@ def test_box_gradient_with_respect_to_the_map_against_central_differences():
     np.testing.assert_allclose(found, expected, atol=1e-6 * np.abs(expected).max())
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30, deadline=None, database=None)
 @given(seed=st.integers(0, 2**31), power=st.floats(0.05, 8.0))
 def test_any_map_gives_boxes_on_the_canvas_within_the_bounds(seed, power):
     maps = np.random.default_rng(seed).uniform(size=(2, 5, 8)) ** power
@@ -214,7 +214,8 @@ def test_any_map_gives_boxes_on_the_canvas_within_the_bounds(seed, power):
 
 def test_random_regions_have_sides_within_the_bounds_anywhere():
     aspect = jnp.array([0.4, 1.0, 2.5])
-    rois = roi.random(jax.random.key(0), aspect, count=2000, min_size=0.15, max_size=0.8)
+    draw = jax.jit(partial(roi.random, count=2000, min_size=0.15, max_size=0.8))
+    rois = draw(jax.random.key(0), aspect)
     boxes = np.asarray(rois.boxes)
     assert rois.valid.all() and boxes.min() >= 0 and boxes.max() <= 1
     np.testing.assert_array_equal(rois.score, 1.0)

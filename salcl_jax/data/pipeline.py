@@ -16,6 +16,7 @@ TRIES = 64  # files looked at before a slot of the batch gives up
 KEPT_SHARE = 0.3  # a box needs this share of its area inside the window
 _GROUP = 8  # at most so many images a call: spreads the cost of entering tf.data
 _ORDER, _WINDOW = 1, 2  # independent random streams
+_NO_BOXES = np.zeros((0, 4), np.float32), np.zeros(0, np.int32)
 
 
 class Unusable(ValueError):
@@ -120,9 +121,10 @@ def load(
 
 def _example(record, photo, number, skipped, canvas, window, max_boxes) -> dict[str, Any]:
     image, aspect = to_canvas(photo, window, canvas)
-    boxes = record.get("boxes", np.zeros((0, 4), np.float32))
-    classes = record.get("classes", np.zeros(len(boxes), np.int32))
-    boxes, classes = window_boxes(boxes, classes, window, max_boxes)
+    boxes, classes = _NO_BOXES
+    if max_boxes:
+        found = record.get("boxes", boxes), record.get("classes", classes)
+        boxes, classes = window_boxes(*found, window, max_boxes)
     return {
         "image": image,
         "aspect": np.float32(aspect),

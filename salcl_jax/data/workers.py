@@ -1,7 +1,11 @@
 """Ordered parallel map over chunk numbers, by tf.data or by a thread pool: same results."""
 
+import atexit
+import functools
 import importlib.util
 import itertools
+import time
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -10,6 +14,9 @@ import numpy as np
 
 Chunk = dict[str, np.ndarray]
 _FOREVER = 2**62
+_STREAMS: weakref.WeakSet = weakref.WeakSet()  # tf.data streams that are still open
+_EXIT_S = 5.0  # longest wait for another thread's stream when the program ends
+_exiting: list[bool] = []
 
 
 def has_tensorflow() -> bool:
@@ -51,8 +58,13 @@ def _by_threads(load, start, stop, group, workers, prefetch) -> Iterator[Chunk]:
             pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _by_tf_data(load, start, stop, group, workers, prefetch) -> Iterator[Chunk]:
-    tf = _tensorflow()
+def _by_tf_data(*settings) -> Iterator[Chunk]:
+    stream = _tf_stream(_tensorflow(), *settings)
+    _STREAMS.add(stream)
+    return stream
+
+
+def _tf_stream(tf, load, start, stop, group, workers, prefetch) -> Iterator[Chunk]:
     failures: list[Exception] = []
     probe = load(start)  # the names, dtypes and shapes of what load returns
     keys = sorted(probe)
@@ -60,6 +72,7 @@ def _by_tf_data(load, start, stop, group, workers, prefetch) -> Iterator[Chunk]:
 
     def call(number):
         try:
+            _refuse_at_exit()
             chunk = load(int(number))
         except Exception as error:  # tf.data would bury it in a stack trace
             failures.append(error)
@@ -85,11 +98,14 @@ def _by_tf_data(load, start, stop, group, workers, prefetch) -> Iterator[Chunk]:
         except StopIteration:
             return
         except tf.errors.OpError as error:
+            if _exiting:
+                return
             if failures:
                 raise failures[0] from None
             raise ValueError(str(error).splitlines()[0]) from None
 
 
+@functools.cache
 def _tensorflow():
     import tensorflow as tf
 
@@ -97,7 +113,32 @@ def _tensorflow():
         tf.config.set_visible_devices([], "GPU")
     except RuntimeError:  # its devices were already initialised by the caller
         pass
+    atexit.register(_close_streams)
     return tf
+
+
+def _refuse_at_exit() -> None:
+    if _exiting:
+        raise RuntimeError("the program is ending")
+
+
+def _close_streams() -> None:
+    """Ends open streams while Python still runs: a stream freed later waits for ever for its
+    calls into Python, and the program would hang instead of ending."""
+    _exiting.append(True)
+    deadline = time.monotonic() + _EXIT_S
+    waiting = list(_STREAMS)
+    while waiting and time.monotonic() < deadline:
+        waiting = [stream for stream in waiting if not _closed(stream)]
+        time.sleep(0.01 if waiting else 0)
+
+
+def _closed(stream) -> bool:
+    try:
+        stream.close()
+    except ValueError:  # another thread is inside it; the refusal above makes it leave soon
+        return False
+    return True
 
 
 def _options(tf, workers: int):
