@@ -80,16 +80,18 @@ def test_extent_scales_and_the_bounds_clip():
     np.testing.assert_allclose(_centers(boxes)[:, 0] * 14, [[6, 8], [6, 5]], atol=0.03)
 
 
-@pytest.mark.parametrize("n", [7, 28])
-def test_a_gaussian_blob(n):
-    centers, spreads = [(0.4, 0.6), (0.52, 0.47), (0.3, 0.35)], (0.08, 0.14, 0.1)
+@pytest.mark.parametrize("n, level, window", [(7, 0.25, 0.25), (28, 0.25, 0.25), (28, 0.0, 0.1)])
+def test_a_gaussian_blob(n, level, window):
+    # The narrow window sees 0.8 of these spreads; nearly all of the blob is mass, so this can be undone.
+    spreads = (0.08, 0.14, 0.1) if window > 0.2 else (0.06, 0.07, 0.065)
+    centers = [(0.4, 0.6), (0.52, 0.47), (0.3, 0.35)]
     maps = np.stack([_blob(n, n, c, s) for c, s in zip(centers, spreads, strict=True)])
-    boxes, valid, _ = _find(maps, window=0.25, count=1)
+    boxes, valid, _ = _find(maps, level=level, window=window, count=1)
     assert valid.all()
     np.testing.assert_allclose(_centers(boxes)[:, 0], centers, atol=0.5 / n)
     grid = (np.arange(n) + 0.5) / n
     for i, blob in enumerate(maps):  # the mass that counts, and its spread, without any window
-        mass = np.maximum(blob - (blob.mean() + 0.25 * (blob.max() - blob.mean())), 0)
+        mass = np.maximum(blob - (blob.mean() + level * (blob.max() - blob.mean())), 0)
         for axis in range(2):
             line = mass.sum(axis=1 - axis) / mass.sum()
             variance = line @ (grid - line @ grid) ** 2 + 1 / (12 * n**2)
