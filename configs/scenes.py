@@ -50,11 +50,7 @@ def get_config(variant: str = "") -> lib.ConfigDict:
 
 
 def _smoke(c: lib.ConfigDict) -> None:
-    c.total_steps = 4
-    c.batch_size = 16
-    c.eval.limit = 64
-    c.log.every = 2
-    c.eval.every, c.log.panels = 0.0, 0.0
+    lib.few_steps(c)
     for source in (c.data.train, c.eval.pretext, c.eval.localization, c.eval.probe_train, c.eval.probe_test):
         source.scenes.num_train = 64
         source.scenes.num_val = 32

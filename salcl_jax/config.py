@@ -1,7 +1,7 @@
-"""The configuration: every field, explained once, with its default; variants; and what is impossible.
+"""The configuration: every field, explained once, with its default; variants; derived quantities.
 
-A config file is a `get_config(variant)` that starts from `base()` and changes fields. `validate` is called
-before any device is touched; it raises `ConfigError` with one line naming field, value and what is allowed.
+A config file is a `get_config(variant)` that starts from `base()` and changes fields. What cannot run is
+refused by `validation.validate` before any device is touched.
 """
 
 import json
@@ -22,7 +22,7 @@ def source(kind: str = "none", **fields) -> ConfigDict:
     c = ConfigDict()
     c.kind = kind  # tfds | folder | arrays | scenes | none
     c.name = ""  # tfds: data set, e.g. coco/2017
-    c.split = "train"  # tfds, scenes, and folders with a `labels` file that has splits
+    c.split = ""  # tfds, scenes: '' is train; folder: rows of the `labels` file with this split, '' is all
     c.data_dir = ""  # tfds, scenes: where data sets are kept; '' is the tfds default
     c.roots = ()  # folder: one or several folders, searched recursively
     c.annotations = ""  # folder: COCO-style JSON with boxes; restricts the photos to those it lists
@@ -100,11 +100,11 @@ def base() -> ConfigDict:
     c.roi.count = 3  # regions per image
     c.roi.temperature = 0.05  # of the soft-argmax
     c.roi.level = 0.25  # mass counts above this point between the map's mean (0) and maximum (1)
-    c.roi.window = 0.25  # standard deviation of the neighbourhood whose moments are taken, canvas sides
+    c.roi.window = 0.15  # standard deviation of the neighbourhood whose moments are taken, canvas sides
     c.roi.extent = 1.2  # region side over the measured spread
     c.roi.min_size = 0.15  # smallest side of a region, canvas sides
     c.roi.max_size = 0.9  # largest side
-    c.roi.min_peak = 0.4  # a region is valid while its peak is this share of the map's
+    c.roi.min_peak = 0.4  # a region is valid while its peak is this share of the highest, both above `level`
 
     c.pairs = ConfigDict()  # from a region to the two crops
     c.pairs.mix = ConfigDict()  # probability of each way; what is left of 1 stays random
@@ -219,6 +219,44 @@ def plain_byol(c: ConfigDict) -> None:
         c.pairs.mix[way] = 0.0
 
 
+def byol_lars(c: ConfigDict) -> None:
+    """BYOL's optimizer: LARS, with biases and norm scales left out of weight decay and adaptation."""
+    c.optim.name = "lars"
+    c.optim.lr = 0.3
+    c.optim.weight_decay = 1e-6
+    c.optim.decay_all = False
+
+
+def small(c: ConfigDict) -> None:
+    """A network and crops that learn on two CPU cores: ResNet-18 of width 32 on 64 px crops."""
+    c.total_epochs = 40
+    c.batch_size = 64
+    c.data.canvas = 96
+    c.data.workers = 4
+    c.model.name = "resnet18"
+    c.model.width = 32
+    c.model.stem = "stride16"  # maps of 4 x 4 at 64 px; smaller ones are slow on CPUs
+    c.model.projector_hidden = 512
+    c.model.projector_out = 128
+    c.model.predictor_hidden = 512
+    c.model.dtype = "float32"
+    c.crops.size = 64
+    c.saliency.size = 64
+    c.optim.lr = 0.4
+    c.optim.warmup = 0.05
+    c.ema.base = 0.97
+    c.eval.size = 64
+    c.eval.batch_size = 64
+
+
+def few_steps(c: ConfigDict) -> None:
+    """Four steps, for tests of the machinery."""
+    c.total_epochs, c.total_steps = 0, 4
+    c.batch_size = 16
+    c.eval.every, c.eval.limit, c.eval.batch_size = 0.0, 32, 16
+    c.log.every, c.log.panels = 2, 0.0
+
+
 def apply_variants(
     c: ConfigDict, variant: str | None, known: Mapping[str, Callable[[ConfigDict], None]]
 ) -> ConfigDict:
@@ -253,14 +291,21 @@ def finish(c: ConfigDict, *, devices: int, images: int) -> ConfigDict:
     return c
 
 
+# Fields that may change between a run and its continuation: they do not decide what is learnt.
+_PASSIVE = ("eval", "log", "checkpoint", "collapse", "distributed", "data.workers", "data.prefetch",
+            "data.max_skipped", "data.train.data_dir", "data.train.roots", "data.train.path",
+            "data.train.annotations", "data.train.labels", "resolved.devices", "resolved.eval_every",
+            "resolved.panels_every", "resolved.checkpoint_every", "resolved.keep_every")  # fmt: skip
+
+
 def learnt_fields(c: ConfigDict) -> dict:
-    """Fields that decide what is learnt, as flat JSON values; a resumed run must have the same."""
-    fields = c.to_dict()
-    for passive in ("eval", "log", "checkpoint", "collapse", "resolved", "distributed"):
-        fields.pop(passive, None)
-    for passive in ("workers", "prefetch"):
-        fields["data"].pop(passive, None)
-    return json.loads(json.dumps(_flatten(fields), sort_keys=True))
+    """Fields that decide what is learnt, as flat JSON values; a resumed run must have the same.
+
+    Photos may move to another folder, but their number (resolved.images) must stay.
+    """
+    flat = _flatten(c.to_dict())
+    kept = {n: v for n, v in flat.items() if not any(n == p or n.startswith(p + ".") for p in _PASSIVE)}
+    return json.loads(json.dumps(kept, sort_keys=True))
 
 
 def differences(old: Mapping, new: Mapping) -> list[str]:
@@ -277,166 +322,3 @@ def _flatten(fields: Mapping, prefix: str = "") -> dict:
         else:
             flat[prefix + name] = value
     return flat
-
-
-_KINDS = ("tfds", "folder", "arrays", "scenes")
-_EVAL_SOURCES = ("pretext", "localization", "probe_train", "probe_test")
-_ONE_OF = {
-    "data.train.kind": _KINDS,
-    **{f"eval.{name}.kind": (*_KINDS, "none") for name in _EVAL_SOURCES},
-    "model.name": ("resnet18", "resnet34", "resnet50", "resnet101", "vit_s16", "vit_b16"),
-    "model.stem": ("imagenet", "stride16", "cifar"),
-    "model.dtype": ("bfloat16", "float32"),
-    "saliency.source": ("none", "activation", "similarity", "gradcam", "attention"),
-    "saliency.branch": ("target", "online"),
-    "saliency.fuse": ("product", "mean"),
-    "saliency.statistic": ("sum", "norm"),
-    "roi.source": ("none", "saliency", "random", "center", "ground_truth"),
-    "local.source": ("roi", "random"),
-    "local.invalid": ("random", "drop"),
-    "weights.mode": ("none", "product", "geometric", "minimum"),
-    "weights.normalize": ("image", "batch"),
-    "loss.name": ("byol", "infonce", "simsiam"),
-    "optim.name": ("sgd", "lars", "adamw"),
-    "eval.branch": ("online", "target"),
-    "eval.probe_on": ("image", "object"),
-}
-_AT_LEAST = {
-    "batch_size": 2, "accumulate": 1, "total_epochs": 0, "total_steps": 0, "data.canvas": 16,
-    "data.max_boxes": 1, "data.workers": 1, "data.prefetch": 1, "model.width": 1, "crops.size": 16,
-    "saliency.size": 16, "roi.window": 0.01, "roi.extent": 0.01, "roi.temperature": 1e-4,
-    "local.count": 0, "local.size": 16, "loss.temperature": 1e-3, "weights.temperature": 1e-3,
-    "weights.floor": 0, "log.every": 1, "eval.batch_size": 1, "pairs.cover_tries": 1,
-    "checkpoint.keep": 1, "collapse.patience": 1, "optim.weight_decay": 0, "optim.lr": 0,
-    "local.weight": 0, "pairs.beta": 0.01, "log.panel_images": 1, "roi.count": 1, "eval.size": 16,
-    "model.projector_hidden": 1, "model.projector_out": 1, "model.predictor_hidden": 1,
-    "optim.final_lr": 0, "optim.clip_norm": 0, "optim.trust": 1e-6, "pairs.jitter_shift": 0,
-    "data.min_side": 0, "data.max_pixels": 0, "eval.limit": 0,
-}  # fmt: skip
-_SHARES = (
-    "data.max_skipped", "guidance.start", "guidance.full", "optim.warmup", "ema.base", "eval.every",
-    "checkpoint.every", "log.panels", "roi.level", "roi.min_peak", "pairs.cover_share",
-    "pairs.min_size", "pairs.threshold", "roi.min_size", "roi.max_size", "collapse.threshold",
-    "optim.momentum", "checkpoint.keep_every", "weights.floor",
-)  # fmt: skip
-_RANGES = ("data.window_area", "crops.area", "crops.ratio", "local.area", "pairs.jitter_area",
-           "pairs.jitter_ratio", "augment.view1.blur_sigma", "augment.view2.blur_sigma")  # fmt: skip
-
-
-def validate(c: ConfigDict, devices: int = 1) -> None:
-    """Raise `ConfigError` for values and combinations that cannot run on this number of devices."""
-    for name, allowed in _ONE_OF.items():
-        _need(_get(c, name) in allowed, c, name, f"allowed: {', '.join(allowed)}")
-    for name, least in _AT_LEAST.items():
-        _need(_get(c, name) >= least, c, name, f"must be at least {least}")
-    for name in _SHARES:
-        _need(0 <= _get(c, name) <= 1, c, name, "must lie between 0 and 1")
-    for name in _RANGES:
-        pair = _get(c, name)
-        _need(len(pair) == 2 and _numbers(pair) and 0 < pair[0] <= pair[1], c, name,
-              "must be (low, high) with 0 < low <= high")  # fmt: skip
-    for name in ("data.window_area", "crops.area", "local.area"):
-        _need(_get(c, name)[1] <= 1, c, name, "must not exceed 1, the whole photo")
-    _validate_length(c, devices)
-    _validate_sizes(c)
-    _validate_augmentation(c)
-    _validate_guidance(c)
-    _validate_sources(c)
-
-
-def _validate_length(c: ConfigDict, devices: int) -> None:
-    _need((c.total_epochs > 0) != (c.total_steps > 0), c, "total_steps",
-          f"exactly one of total_epochs (now {c.total_epochs}) and total_steps must be above 0")  # fmt: skip
-    parts = devices * c.accumulate
-    _need(c.batch_size % parts == 0, c, "batch_size",
-          f"must be divisible by devices x accumulate = {devices} x {c.accumulate}")  # fmt: skip
-    _need(c.batch_size // c.accumulate >= 2, c, "accumulate", "leaves fewer than 2 images for BatchNorm")
-    _need(c.guidance.start <= c.guidance.full, c, "guidance.start", "must not exceed guidance.full")
-
-
-def _validate_sizes(c: ConfigDict) -> None:
-    local = ("local.size",) if c.local.count else ()
-    for name in ("crops.size", "saliency.size", *local):
-        _need(_get(c, name) <= c.data.canvas, c, name, f"must not exceed data.canvas = {c.data.canvas}")
-    if c.model.name.startswith("vit"):
-        for name in ("crops.size", "saliency.size", "eval.size", *local):
-            _need(_get(c, name) % 16 == 0, c, name, "must be a multiple of 16 for a ViT")
-    _need(c.roi.min_size <= c.roi.max_size, c, "roi.min_size", "must not exceed roi.max_size")
-    _need(0 < c.roi.min_size, c, "roi.min_size", "must be above 0")
-    _need(0 < c.pairs.min_size, c, "pairs.min_size", "must be above 0")
-
-
-def _validate_augmentation(c: ConfigDict) -> None:
-    most = {"hue": 0.5} | dict.fromkeys(("brightness", "contrast", "saturation"), math.inf)
-    for view in ("view1", "view2"):
-        for name in c.augment[view]:
-            limit = most.get(name, 1)
-            if name != "blur_sigma":
-                _need(0 <= c.augment[view][name] <= limit, c, f"augment.{view}.{name}",
-                      f"must lie between 0 and {limit}")  # fmt: skip
-
-
-def _validate_guidance(c: ConfigDict) -> None:
-    mix, need_map = c.pairs.mix, c.weights.mode != "none" or c.roi.source == "saliency"
-    for way, share in mix.items():
-        _need(0 <= share <= 1, c, f"pairs.mix.{way}", "must lie between 0 and 1")
-        need_map |= share > 0 and way in ("map_center", "cover", "contrastive_crop")
-    total = sum(mix.values())
-    followed = sum(mix[way] for way in ("roi_jitter", "roi_global", "roi_center"))  # windows of a region
-    if total > 1 + 1e-6:
-        raise ConfigError(f"config.pairs.mix adds up to {total:g}: must not exceed 1")
-    small = c.local.count > 0 and c.local.source == "roi"
-    if total > 0 or small:
-        _need(c.roi.source != "none", c, "roi.source",
-              "the crops of pairs.mix or local.source = roi need regions; allowed: saliency, random, "
-              "center, ground_truth")  # fmt: skip
-    if need_map:
-        _need(c.saliency.source != "none", c, "saliency.source",
-              "roi.source = saliency, weights.mode and the ways map_center, cover and contrastive_crop "
-              "need a map; allowed: activation, similarity, gradcam, attention")  # fmt: skip
-    vit = c.model.name.startswith("vit")
-    _need(vit or c.saliency.source != "attention", c, "saliency.source", "needs a ViT (model.name)")
-    stages = ("stage1", "stage2", "stage3", "stage4")
-    _need(len(c.saliency.stages) > 0 and all(s in stages for s in c.saliency.stages), c,
-          "saliency.stages", f"must be one or more of {', '.join(stages)}")  # fmt: skip
-    if c.saliency.source in ("similarity", "gradcam"):
-        _need(tuple(c.saliency.stages) == ("stage4",), c, "saliency.stages",
-              f"must be ('stage4',) for saliency.source = {c.saliency.source}")  # fmt: skip
-    if c.crops.gradient:
-        _need(c.saliency.branch == "online", c, "saliency.branch",
-              "must be online when crops.gradient is on: the target is not trained")  # fmt: skip
-        _need(c.roi.source == "saliency", c, "roi.source", "must be saliency when crops.gradient is on")
-        _need(followed > 0 or small, c, "crops.gradient",
-              "no window follows a region: needs roi_jitter, roi_global or roi_center in pairs.mix, or "
-              "small crops (local.count) of regions")  # fmt: skip
-    if c.weights.normalize == "image" and c.weights.mode != "none":
-        _need(c.local.count > 0, c, "weights.normalize",
-              "image needs local.count > 0: both pairs of two crops weigh the same")  # fmt: skip
-
-
-def _validate_sources(c: ConfigDict) -> None:
-    for name in ("data.train", *(f"eval.{part}" for part in _EVAL_SOURCES)):
-        found = _get(c, name)
-        needed = {"tfds": "name", "folder": "roots", "arrays": "path"}.get(found.kind)
-        _need(needed is None or bool(found[needed]), c, f"{name}.{needed}",
-              f"must be given for {name}.kind = {found.kind}")  # fmt: skip
-        _need(found.expected >= 0, c, f"{name}.expected", "must be at least 0")
-    both = c.eval.probe_train.kind != "none", c.eval.probe_test.kind != "none"
-    _need(both[0] == both[1], c, "eval.probe_test.kind", "probe_train and probe_test go together")
-    ks = c.eval.knn
-    _need(len(ks) > 0 and _numbers(ks) and min(ks) >= 1, c, "eval.knn", "must be numbers above 0")
-
-
-def _numbers(values: tuple) -> bool:
-    return all(isinstance(value, (int, float)) for value in values)
-
-
-def _get(c: ConfigDict, name: str):
-    for part in name.split("."):
-        c = c[part]
-    return c
-
-
-def _need(condition: bool, c: ConfigDict, name: str, allowed: str) -> None:
-    if not condition:
-        raise ConfigError(f"config.{name} = {_get(c, name)!r}: {allowed}")

@@ -128,7 +128,7 @@ def make_crops(network: Network, config: Config) -> Callable[..., Crops]:
     draw_maps = make_saliency(network, config) if config.saliency.source != "none" else None
     fields = {name: config.pairs[name] for name in views.Shape._fields if name in config.pairs}
     shape = views.Shape(area=config.crops.area, ratio=config.crops.ratio, **fields)
-    local = config.local
+    mix, local = dict(config.pairs.mix), config.local
     specs = [_augmentation(config, view, config.crops.size) for view in ("view1", "view2")]
     small_specs = [_augmentation(config, "view1", local.size)] * local.count
 
@@ -147,8 +147,8 @@ def make_crops(network: Network, config: Config) -> Callable[..., Crops]:
             scene = views.Scene(rois, maps, aspect) if rois else None
             boxes = random_resized_crop_boxes(k_random, aspect, 2, shape.area, shape.ratio)
             guided = jnp.zeros(aspect.shape, bool)
-            if scene and sum(config.pairs.mix.values()) > 0:
-                boxes, guided = views.pair_boxes(k_pair, boxes, scene, shape, config.pairs.mix, strength)
+            if scene and sum(mix.values()) > 0:
+                boxes, guided = views.pair_boxes(k_pair, boxes, scene, shape, mix, strength)
             small_boxes = small_valid = None
             if local.count:
                 small_boxes, small_valid = views.local_boxes(

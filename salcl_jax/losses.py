@@ -48,7 +48,7 @@ def info_nce(
     query, key = unit(prediction), unit(target)
 
     def of_pair(i: int, j: int) -> Float[Array, "b"]:
-        logits = query[:, i] @ key[:, j].T / temperature
+        logits = jnp.matmul(query[:, i], key[:, j].T, precision="highest") / temperature
         return jax.nn.logsumexp(logits, axis=1) - jnp.diagonal(logits)
 
     return 2.0 * temperature * jnp.stack([of_pair(i, j) for i, j in pairs], axis=1)

@@ -13,6 +13,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from salcl_jax import config as config_lib
+from salcl_jax import validation
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "configuration file[:variants]", lock_config=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run; an interrupted run in it continues")
@@ -25,7 +26,7 @@ def parse_flags(argv: list[str]) -> list[str]:
         rest = flags.FLAGS(argv)
         if len(rest) > 1:
             raise flags.Error(f"unexpected argument {rest[1]!r}: options look like --config.batch_size=64")
-        config_lib.validate(_CONFIG.value)
+        validation.validate(_CONFIG.value)
         _check_workdir(_WORKDIR.value)
         return rest
     except Exception as error:  # absl, ml_collections and config files raise many kinds
@@ -84,7 +85,7 @@ def main(_: list[str]) -> None:
     except train.Stopped as stop:
         _print(f"stopped: {stop}")
         sys.exit(stop.code)
-    except (ValueError, FileNotFoundError) as error:
+    except config_lib.ConfigError as error:
         _leave(str(error))
     print_table(summary, _WORKDIR.value)
 

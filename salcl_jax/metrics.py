@@ -33,7 +33,8 @@ def of_step(
         "window_area": jnp.mean(area(crops.boxes[:, :2])),
     }
     if value.shape[1] > 2:
-        figures["loss_local"] = 2 * jnp.mean(value[:, 2:])
+        counted = (weight[:, 2:] > 0).astype(jnp.float32)
+        figures["loss_local"] = 2 * jnp.sum(value[:, 2:] * counted) / jnp.maximum(jnp.sum(counted), 1.0)
     if crops.maps is not None:
         figures["saliency_mean"] = jnp.mean(crops.maps)
         figures["window_saliency"] = jnp.mean(crops.score[:, :2])

@@ -13,16 +13,16 @@ from typing import Any
 import jax
 import numpy as np
 
-from salcl_jax import checkpoint, config as config_lib, sharding
+from salcl_jax import checkpoint, sharding
+from salcl_jax import config as config_lib
 from salcl_jax.data.pipeline import train_batches
 from salcl_jax.data.sources import Source, open_source
 from salcl_jax.evaluators import online
-from salcl_jax.guidance import make_crops
 from salcl_jax.models.network import Network, build, parameter_table
-from salcl_jax.rng import key_for
+from salcl_jax.panels import make_panel
 from salcl_jax.train_step import make_init, make_train_step
 from salcl_jax.types import HostBatch, TrainState
-from salcl_jax.visualize import panel
+from salcl_jax.validation import validate
 from salcl_jax.writer import Progress, Writer
 
 PREEMPTED = 75  # exit code: saved and left, start again to continue
@@ -40,18 +40,20 @@ class Stopped(Exception):
 def train(config: Any, workdir: str) -> dict:
     """Run, or continue, the training that a validated configuration describes; returns the summary.
 
-    Raises `Stopped` when told to terminate (after saving), when the loss is not finite and when too
-    many images cannot be read.
+    Raises `ConfigError` for what the user has to mend, and `Stopped` when told to terminate (after
+    saving), when the loss is not finite and when too many images cannot be read.
     """
     mesh = sharding.make_mesh()
-    config_lib.validate(config, devices=mesh.size)
-    sources = open_sources(config)
+    validate(config, devices=mesh.size)
+    with _user_errors():
+        sources = open_sources(config)
     config = config_lib.finish(config, devices=mesh.size, images=len(sources["train"]))
     network = build(**config.model)
     main = jax.process_index() == 0
     jax.config.update("jax_compilation_cache_dir", _cache_dir())
     with _checkpointer(config, workdir) as saved:
-        state, history, start = _restore_or_init(config, network, mesh, saved)
+        with _user_errors():
+            state, history, start = _restore_or_init(config, network, mesh, saved)
         if main and start == 0:
             print(_describe(config, state), flush=True)
         with Writer(workdir, tensorboard=config.log.tensorboard, is_main=main, resume_step=start) as writer:
@@ -77,6 +79,15 @@ def open_sources(config: Any) -> dict[str, Source]:
     return sources
 
 
+@contextlib.contextmanager
+def _user_errors() -> Iterator[None]:
+    """Inside, what is wrong lies with files and settings: a line for the user instead of a traceback."""
+    try:
+        yield
+    except (ValueError, OSError, RuntimeError) as error:
+        raise config_lib.ConfigError(str(error)) from error
+
+
 def _restore_or_init(
     config: Any, network: Network, mesh: jax.sharding.Mesh, saved: checkpoint.Checkpointer
 ) -> tuple[TrainState, dict, int]:
@@ -100,7 +111,7 @@ def _restore_or_init(
     if config.init_from:
         weights = checkpoint.load_params(config.init_from, checkpoint.abstract_like(state, whole))
         state = state._replace(**jax.jit(lambda t: t, out_shardings=whole)(weights))
-    return state, {"untrained": {}, "seconds": 0.0, "seen": 0, "skipped": 0}, 0
+    return state, {"untrained": {}, "final": {}, "interval": [], "seconds": 0.0, "seen": 0, "skipped": 0}, 0
 
 
 def _checkpointer(config: Any, workdir: str) -> checkpoint.Checkpointer:
@@ -129,7 +140,7 @@ class _Run:
         self.saved, self.writer, self.history, self.start = saved, writer, history, start
         self.total = config.resolved.total_steps
         self.evaluate = online.make_evaluation(network, config, mesh, sources)
-        self.panel = _make_panel(network, config, mesh, sources)
+        self.panel = make_panel(network, config, mesh, sources)
         whole, split = sharding.replicated(mesh), sharding.data_sharded(mesh)
         self.step = jax.jit(
             make_train_step(network, config),
@@ -140,8 +151,6 @@ class _Run:
             is_main=jax.process_index() == 0,
         )  # fmt: skip
         self.alarm = Alarm(config.collapse.threshold, config.collapse.patience)
-        self.interval: list[dict] = []
-        self.final: dict[str, float] = {}
 
     def loop(self, state: TrainState) -> dict:
         """Train to the last step; returns the summary."""
@@ -197,7 +206,7 @@ class _Run:
         if step % self.config.log.every == 0 or last:
             self._log(step)
         if step % r.eval_every == 0 or last:
-            self.final = self._evaluate(step, state)
+            self.history["final"] = self._evaluate(step, state)
         if step % r.panels_every == 0 or last:
             self._draw(step, state)
         self._save(step, state, force=step == 1 or last)  # a save that fails shall fail at once
@@ -218,11 +227,11 @@ class _Run:
                 f"step {step}: COLLAPSE ALARM: projections of different images are nearly alike (spread "
                 f"{figures['spread']:.3f} < {self.alarm.threshold} for {self.alarm.patience} steps)"
             )
-        self.interval.append(figures | {"data_wait": waited})
+        self.history["interval"].append(figures | {"data_wait": waited})
         self.progress.update(step, figures["loss"])
 
     def _log(self, step: int) -> None:
-        rows, self.interval = self.interval, []
+        rows, self.history["interval"] = self.history["interval"], []
         means = {f"train/{name}": float(np.mean([row[name] for row in rows])) for name in rows[0]}
         skipped, seen = sum(row["skipped"] for row in rows), len(rows) * self.config.batch_size
         means.pop("train/finite")
@@ -265,7 +274,7 @@ class _Run:
             "devices": f"{self.mesh.size} x {jax.devices()[0].device_kind}",
             "skipped": self.history["skipped"],
             "collapse_alarm": self.alarm.raised,
-            "final": self.final,
+            "final": self.history["final"],
             "untrained": self.history["untrained"],
         }
 
@@ -288,47 +297,6 @@ class Alarm:
         self._below = self._below + 1 if value < self.threshold else 0
         before, self.raised = self.raised, self._below >= self.patience
         return self.raised and not before
-
-
-def _make_panel(network, config, mesh, sources) -> Callable[[TrainState], np.ndarray]:
-    """Function state -> picture of the same few images, with full guidance and fixed draws."""
-    source = sources.get("localization", sources["pretext"])
-    count = min(config.log.panel_images, len(source))
-    size = online.divisible(count, mesh)
-    batch = next(iter(online.batches(source, config, batch_size=size, limit=count)))
-    draw = make_crops(network, config)
-    maps_fn = online.make_maps_fn(network, config, mesh)
-    names = [n for n in ("image", "aspect", "boxes") if n in batch]
-    if config.roi.source == "ground_truth" and "boxes" not in batch:
-        raise ValueError(f"config.roi.source = 'ground_truth': {source.name} has no boxes to draw")
-
-    def crops(state: TrainState, leaves: dict):
-        return draw(key_for(config.seed, 0, "panel"), state, leaves, 1.0)
-
-    jitted = jax.jit(crops, out_shardings=sharding.replicated(mesh))
-
-    def draw_panel(state: TrainState) -> np.ndarray:
-        leaves = sharding.to_device(online.share_of_process({n: batch[n] for n in names}), mesh)
-        found = jax.device_get(jitted(state, leaves))
-        maps, rois = maps_fn(state, batch["image"])
-        rois = found.rois or rois
-        small = [] if found.local is None else list(np.moveaxis(found.local[:count], 1, 0))
-        views = list(np.moveaxis(found.pair[:count], 1, 0))
-        tile = config.crops.size
-        views += [_enlarge(view, tile) for view in small]
-        return panel(
-            batch["image"][:count], maps[:count], type(rois)(*(x[:count] for x in rois)),
-            np.stack(views, axis=1), found.boxes[:count],
-            batch["boxes"][:count] if "boxes" in batch else None,
-        )  # fmt: skip
-
-    return draw_panel
-
-
-def _enlarge(view: np.ndarray, side: int) -> np.ndarray:
-    """Nearest-neighbour copy of crops [n, q, q, 3] at another side, so that all fit one picture."""
-    index = np.arange(side) * view.shape[1] // side
-    return view[:, index][:, :, index]
 
 
 @contextlib.contextmanager

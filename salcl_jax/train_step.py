@@ -43,7 +43,7 @@ def make_optimizer(config: Config) -> tuple[optax.GradientTransformation, optax.
 
 
 def make_init(network: Network, config: Config) -> Callable[[], TrainState]:
-    """Function of nothing that gives the untrained state; the target starts as a copy of the online branch."""
+    """Function of nothing that gives the untrained state; the target starts as a copy of the online one."""
     optimizer, _ = make_optimizer(config)
 
     def init() -> TrainState:
@@ -162,6 +162,7 @@ def make_train_step(
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
             params = optax.apply_updates(state.params, updates)
             rate_ema = ema.decay(state.step, base=config.ema.base, total_steps=config.resolved.total_steps)
+            rate_ema = rate_ema * (config.loss.name != "simsiam")  # SimSiam: the target is the online branch
             target = ema.update(state.target_params, params, rate_ema)
         new = new._replace(
             step=state.step + 1, params=params, target_params=target, opt_state=opt_state

@@ -262,3 +262,13 @@ def test_ground_truth_with_fewer_boxes_than_regions(slots):
 def test_ground_truth_grows_slivers():
     rois = roi.ground_truth(jnp.array([[[0.0, 0.2, 0.01, 0.6]]]), count=1, min_size=0.1)
     np.testing.assert_allclose(rois.boxes[0, 0], [0.0, 0.2, 0.1, 0.6], atol=1e-6)
+
+
+@pytest.mark.parametrize("second", [1.0, 0.97])
+def test_peaks_of_like_height_are_two_regions_and_not_one_between_them(second):
+    first = np.array([[0.5, 0.22], [0.5, 0.78], [0.22, 0.4], [0.78, 0.6]])
+    maps = [_blob(14, 14, c, 0.08) + _blob(14, 14, 1 - c, 0.08, second) for c in first]
+    boxes, valid, _ = _find(np.stack(maps))
+    np.testing.assert_array_equal(valid, [[True, True, False]] * 4)
+    found = np.sort(_centers(boxes)[:, :2], axis=1)
+    np.testing.assert_allclose(found, np.sort(np.stack([first, 1 - first], axis=1), axis=1), atol=1 / 14)

@@ -108,16 +108,22 @@ def _region(
 ) -> tuple[Float[Array, "b 2"], Float[Array, "b 2"]]:
     """Centre and side of the region around the strongest cell left, from moments of what is near it."""
     b, h, w = left.shape
+    spread = jnp.full((b, 2), window)
     peak = jnp.max(left, axis=(1, 2), keepdims=True)
     relative = left / jnp.maximum(peak, EMPTY)
     attention = jax.nn.softmax(relative.reshape(b, h * w) / temperature).reshape(b, h, w)
-    center = jnp.stack(_moments(attention)[0], axis=-1)
+    # Equal peaks far apart would meet in the middle: look around one of them. Where it is does not vary
+    # smoothly with the map, so it has no gradient to lose.
+    peak_cell = jnp.argmax(left.reshape(b, h * w), axis=1)
+    seed = jnp.stack([_grid(h)[peak_cell // w], _grid(w)[peak_cell % w]], axis=-1)
+    near = attention * _gaussian(seed, spread, h, w)
+    center = jnp.stack(_moments(near)[0], axis=-1)
     for _ in range(2):  # one step onto the mass, one to settle
-        near = left * _gaussian(center, jnp.full((b, 2), window), h, w)
-        mean, spread = _moments(near)
+        near = left * _gaussian(center, spread, h, w)
+        mean, var = _moments(near)
         center = jnp.stack(mean, axis=-1)
     cell = jnp.array([1 / h, 1 / w])[None, :]
-    variance = jnp.stack(spread, axis=-1) + jnp.square(cell) / 12  # a cell is not a point
+    variance = jnp.stack(var, axis=-1) + jnp.square(cell) / 12  # a cell is not a point
     # The window narrows what it measures: for Gaussian mass, 1/measured = 1/true + 1/window^2.
     measured = jnp.minimum(variance, 0.9 * window**2)
     variance = measured / (1 - measured / window**2)

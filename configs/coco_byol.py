@@ -1,0 +1,16 @@
+"""COCO train2017, ResNet-50 at 224 px: plain BYOL, the baseline of configs/coco.py with all guidance off.
+
+python -m salcl_jax.main --config=configs/coco_byol.py --workdir=DIR --config.data.train.data_dir=gs://BUCKET/tfds
+variants: coco_plus, lars, r18_64px, smoke, as in configs/coco.py
+Not yet run.
+"""
+
+from configs import coco
+from salcl_jax import config as lib
+
+
+def get_config(variant: str = "") -> lib.ConfigDict:
+    """configs/coco.py without a map, regions, weights and small crops."""
+    c = coco.get_config(variant)
+    lib.plain_byol(c)
+    return c

@@ -1,0 +1,176 @@
+"""What a configuration may not be: values out of range and combinations that cannot run.
+
+Each refusal is a `ConfigError` of one line that names the field, its value and what is allowed.
+"""
+
+import math
+
+from salcl_jax.config import ConfigDict, ConfigError
+
+_KINDS = ("tfds", "folder", "arrays", "scenes")
+_EVAL_SOURCES = ("pretext", "localization", "probe_train", "probe_test")
+_ONE_OF = {
+    "data.train.kind": _KINDS,
+    **{f"eval.{name}.kind": (*_KINDS, "none") for name in _EVAL_SOURCES},
+    "model.name": ("resnet18", "resnet34", "resnet50", "resnet101", "vit_s16", "vit_b16"),
+    "model.stem": ("imagenet", "stride16", "cifar"),
+    "model.dtype": ("bfloat16", "float32"),
+    "saliency.source": ("none", "activation", "similarity", "gradcam", "attention"),
+    "saliency.branch": ("target", "online"),
+    "saliency.fuse": ("product", "mean"),
+    "saliency.statistic": ("sum", "norm"),
+    "roi.source": ("none", "saliency", "random", "center", "ground_truth"),
+    "local.source": ("roi", "random"),
+    "local.invalid": ("random", "drop"),
+    "weights.mode": ("none", "product", "geometric", "minimum"),
+    "weights.normalize": ("image", "batch"),
+    "loss.name": ("byol", "infonce", "simsiam"),
+    "optim.name": ("sgd", "lars", "adamw"),
+    "eval.branch": ("online", "target"),
+    "eval.probe_on": ("image", "object"),
+}
+_AT_LEAST = {
+    "batch_size": 2, "accumulate": 1, "total_epochs": 0, "total_steps": 0, "data.canvas": 16,
+    "data.max_boxes": 1, "data.workers": 1, "data.prefetch": 1, "model.width": 1, "crops.size": 16,
+    "saliency.size": 16, "roi.window": 0.01, "roi.extent": 0.01, "roi.temperature": 1e-4,
+    "local.count": 0, "local.size": 16, "loss.temperature": 1e-3, "weights.temperature": 1e-3,
+    "weights.floor": 0, "log.every": 1, "eval.batch_size": 1, "pairs.cover_tries": 1,
+    "checkpoint.keep": 1, "collapse.patience": 1, "optim.weight_decay": 0, "optim.lr": 0,
+    "local.weight": 0, "pairs.beta": 0.01, "log.panel_images": 1, "roi.count": 1, "eval.size": 16,
+    "model.projector_hidden": 1, "model.projector_out": 1, "model.predictor_hidden": 1,
+    "optim.final_lr": 0, "optim.clip_norm": 0, "optim.trust": 1e-6, "pairs.jitter_shift": 0,
+    "data.min_side": 0, "data.max_pixels": 0, "eval.limit": 0,
+}  # fmt: skip
+_SHARES = (
+    "data.max_skipped", "guidance.start", "guidance.full", "optim.warmup", "ema.base", "eval.every",
+    "checkpoint.every", "log.panels", "roi.level", "roi.min_peak", "pairs.cover_share",
+    "pairs.min_size", "pairs.threshold", "roi.min_size", "roi.max_size", "collapse.threshold",
+    "optim.momentum", "checkpoint.keep_every", "weights.floor",
+)  # fmt: skip
+_RANGES = ("data.window_area", "crops.area", "crops.ratio", "local.area", "pairs.jitter_area",
+           "pairs.jitter_ratio", "augment.view1.blur_sigma", "augment.view2.blur_sigma")  # fmt: skip
+
+
+def validate(c: ConfigDict, devices: int = 1) -> None:
+    """Raise `ConfigError` for values and combinations that cannot run on this number of devices."""
+    for name, allowed in _ONE_OF.items():
+        _need(_get(c, name) in allowed, c, name, f"allowed: {', '.join(allowed)}")
+    for name, least in _AT_LEAST.items():
+        _need(_get(c, name) >= least, c, name, f"must be at least {least}")
+    for name in _SHARES:
+        _need(0 <= _get(c, name) <= 1, c, name, "must lie between 0 and 1")
+    for name in _RANGES:
+        pair = _get(c, name)
+        _need(len(pair) == 2 and _numbers(pair) and 0 < pair[0] <= pair[1], c, name,
+              "must be (low, high) with 0 < low <= high")  # fmt: skip
+    for name in ("data.window_area", "crops.area", "local.area"):
+        _need(_get(c, name)[1] <= 1, c, name, "must not exceed 1, the whole photo")
+    _validate_length(c, devices)
+    _validate_sizes(c)
+    _validate_augmentation(c)
+    _validate_guidance(c)
+    _validate_sources(c)
+
+
+def _validate_length(c: ConfigDict, devices: int) -> None:
+    _need((c.total_epochs > 0) != (c.total_steps > 0), c, "total_steps",
+          f"exactly one of total_epochs (now {c.total_epochs}) and total_steps must be above 0")  # fmt: skip
+    parts = devices * c.accumulate
+    _need(c.batch_size % parts == 0, c, "batch_size",
+          f"must be divisible by devices x accumulate = {devices} x {c.accumulate}")  # fmt: skip
+    _need(c.optim.final_lr <= c.optim.lr, c, "optim.final_lr", f"must not exceed optim.lr = {c.optim.lr}")
+    _need(c.batch_size // c.accumulate >= 2, c, "accumulate", "leaves fewer than 2 images for BatchNorm")
+    _need(c.guidance.start <= c.guidance.full, c, "guidance.start", "must not exceed guidance.full")
+
+
+def _validate_sizes(c: ConfigDict) -> None:
+    local = ("local.size",) if c.local.count else ()
+    for name in ("crops.size", "saliency.size", *local):
+        _need(_get(c, name) <= c.data.canvas, c, name, f"must not exceed data.canvas = {c.data.canvas}")
+    if c.model.name.startswith("vit"):
+        for name in ("crops.size", "saliency.size", "eval.size", *local):
+            _need(_get(c, name) % 16 == 0, c, name, "must be a multiple of 16 for a ViT")
+    _need(c.roi.min_size <= c.roi.max_size, c, "roi.min_size", "must not exceed roi.max_size")
+    _need(0 < c.roi.min_size, c, "roi.min_size", "must be above 0")
+    _need(0 < c.pairs.min_size, c, "pairs.min_size", "must be above 0")
+
+
+def _validate_augmentation(c: ConfigDict) -> None:
+    most = {"hue": 0.5} | dict.fromkeys(("brightness", "contrast", "saturation"), math.inf)
+    for view in ("view1", "view2"):
+        for name in c.augment[view]:
+            limit = most.get(name, 1)
+            if name != "blur_sigma":
+                _need(0 <= c.augment[view][name] <= limit, c, f"augment.{view}.{name}",
+                      f"must lie between 0 and {limit}")  # fmt: skip
+
+
+def _validate_guidance(c: ConfigDict) -> None:
+    mix, need_map = c.pairs.mix, c.weights.mode != "none" or c.roi.source == "saliency"
+    for way, share in mix.items():
+        _need(0 <= share <= 1, c, f"pairs.mix.{way}", "must lie between 0 and 1")
+        need_map |= share > 0 and way in ("map_center", "cover", "contrastive_crop")
+    total = sum(mix.values())
+    followed = sum(mix[way] for way in ("roi_jitter", "roi_global", "roi_center"))  # windows of a region
+    if total > 1 + 1e-6:
+        raise ConfigError(f"config.pairs.mix adds up to {total:g}: must not exceed 1")
+    small = c.local.count > 0 and c.local.source == "roi"
+    if total > 0 or small:
+        _need(c.roi.source != "none", c, "roi.source",
+              "the crops of pairs.mix or local.source = roi need regions; allowed: saliency, random, "
+              "center, ground_truth")  # fmt: skip
+    if need_map:
+        _need(c.saliency.source != "none", c, "saliency.source",
+              "roi.source = saliency, weights.mode and the ways map_center, cover and contrastive_crop "
+              "need a map; allowed: activation, similarity, gradcam, attention")  # fmt: skip
+    vit = c.model.name.startswith("vit")
+    _need(vit or c.saliency.source != "attention", c, "saliency.source", "needs a ViT (model.name)")
+    stages = ("stage1", "stage2", "stage3", "stage4")
+    _need(len(c.saliency.stages) > 0 and all(s in stages for s in c.saliency.stages), c,
+          "saliency.stages", f"must be one or more of {', '.join(stages)}")  # fmt: skip
+    if c.saliency.source in ("similarity", "gradcam"):
+        _need(tuple(c.saliency.stages) == ("stage4",), c, "saliency.stages",
+              f"must be ('stage4',) for saliency.source = {c.saliency.source}")  # fmt: skip
+    _need(not (vit and c.saliency.source == "gradcam"), c, "saliency.source",
+          "gradcam pools locations, but a ViT's embedding is its class token; use attention")  # fmt: skip
+    stride = 16 if vit else {"imagenet": 32, "stride16": 16, "cifar": 8}[c.model.stem]
+    _need(c.saliency.source == "none" or c.saliency.size >= 2 * stride, c, "saliency.size",
+          f"must be at least {2 * stride}, for a map of 2 x 2 cells")  # fmt: skip
+    if c.crops.gradient:
+        _need(c.saliency.branch == "online", c, "saliency.branch",
+              "must be online when crops.gradient is on: the target is not trained")  # fmt: skip
+        _need(c.roi.source == "saliency", c, "roi.source", "must be saliency when crops.gradient is on")
+        _need(followed > 0 or small, c, "crops.gradient",
+              "no window follows a region: needs roi_jitter, roi_global or roi_center in pairs.mix, or "
+              "small crops (local.count) of regions")  # fmt: skip
+    if c.weights.normalize == "image" and c.weights.mode != "none":
+        _need(c.local.count > 0, c, "weights.normalize",
+              "image needs local.count > 0: both pairs of two crops weigh the same")  # fmt: skip
+
+
+def _validate_sources(c: ConfigDict) -> None:
+    for name in ("data.train", *(f"eval.{part}" for part in _EVAL_SOURCES)):
+        found = _get(c, name)
+        needed = {"tfds": "name", "folder": "roots", "arrays": "path"}.get(found.kind)
+        _need(needed is None or bool(found[needed]), c, f"{name}.{needed}",
+              f"must be given for {name}.kind = {found.kind}")  # fmt: skip
+        _need(found.expected >= 0, c, f"{name}.expected", "must be at least 0")
+    both = c.eval.probe_train.kind != "none", c.eval.probe_test.kind != "none"
+    _need(both[0] == both[1], c, "eval.probe_test.kind", "probe_train and probe_test go together")
+    ks = c.eval.knn
+    _need(len(ks) > 0 and _numbers(ks) and min(ks) >= 1, c, "eval.knn", "must be numbers above 0")
+
+
+def _numbers(values: tuple) -> bool:
+    return all(isinstance(value, (int, float)) for value in values)
+
+
+def _get(c: ConfigDict, name: str):
+    for part in name.split("."):
+        c = c[part]
+    return c
+
+
+def _need(condition: bool, c: ConfigDict, name: str, allowed: str) -> None:
+    if not condition:
+        raise ConfigError(f"config.{name} = {_get(c, name)!r}: {allowed}")
