@@ -1,0 +1,31 @@
+# make demo [WORKDIR=DIR]   a run on built-in scenes: pictures and figures in a few minutes
+# make test                 the tests
+# make lint                 ruff
+# The first call of any of them makes .venv and installs the package into it.
+
+PYTHON ?= $(shell for p in python3 python3.12 python3.11 python3.13 python; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+WORKDIR ?= demo
+VENV := .venv
+RUN := $(VENV)/bin/python
+
+.PHONY: demo test lint
+demo: $(VENV)/.installed
+	$(RUN) -m salcl_jax.main --config=configs/scenes.py --workdir=$(WORKDIR)
+
+test: $(VENV)/.tests-installed
+	$(RUN) -m pytest -n 2
+
+lint: $(VENV)/.tests-installed
+	$(RUN) -m ruff check .
+
+$(VENV)/.installed: setup.py
+	@test -n "$(PYTHON)" || { echo "error: no Python 3.11 or newer found; name one with PYTHON=..."; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet --upgrade pip
+	$(RUN) -m pip install --quiet -e .
+	touch $@
+
+$(VENV)/.tests-installed: $(VENV)/.installed
+	$(RUN) -m pip install --quiet -e .[test]
+	touch $@
