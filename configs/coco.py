@@ -1,9 +1,9 @@
 """COCO train2017, ResNet-50 at 224 px: ORL's BYOL recipe with saliency guidance.
 
 python -m salcl_jax.main --config=configs/coco.py --workdir=DIR --config.data.train.data_dir=gs://BUCKET/tfds
-variants: coco_plus (train2017 + unlabeled2017 from folders), lars (BYOL's optimizer), r18_64px (an hour on
-two cores), smoke (a few steps of a small network)
-Full recipe: not yet run. r18_64px on 2,068 photos: see Results in README.md.
+variants: coco_plus (train2017 + unlabeled2017 from folders), lars (BYOL's optimizer), two_cores (small
+network and crops), smoke (a few steps of a small network)
+Full recipe: not yet run. two_cores on 2,068 photos: see Results in README.md.
 """
 
 from salcl_jax import config as lib
@@ -17,7 +17,7 @@ def get_config(variant: str = "") -> lib.ConfigDict:
     c.eval.probe_train = lib.source("tfds", name="coco/2017", split="train")
     c.eval.probe_test = lib.source("tfds", name="coco/2017", split="validation")
     c.eval.probe_on = "object"
-    known = {"coco_plus": _coco_plus, "lars": lib.byol_lars, "r18_64px": _r18_64px, "smoke": _smoke}
+    known = {"coco_plus": _coco_plus, "lars": lib.byol_lars, "two_cores": _two_cores, "smoke": _smoke}
     return lib.apply_variants(c, variant, known)
 
 
@@ -26,7 +26,7 @@ def _coco_plus(c: lib.ConfigDict) -> None:
     c.data.train = lib.source("folder", roots=("train2017", "unlabeled2017"), expected=241_690)
 
 
-def _r18_64px(c: lib.ConfigDict) -> None:
+def _two_cores(c: lib.ConfigDict) -> None:
     lib.small(c)
     c.data.train.expected = 0
 

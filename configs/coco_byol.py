@@ -1,7 +1,7 @@
 """COCO train2017, ResNet-50 at 224 px: plain BYOL, the baseline of configs/coco.py with all guidance off.
 
 python -m salcl_jax.main --config=configs/coco_byol.py --workdir=DIR --config.data.train.data_dir=gs://BUCKET/tfds
-variants: coco_plus, lars, r18_64px, smoke, as in configs/coco.py
+variants: coco_plus, lars, two_cores, smoke, as in configs/coco.py
 Not yet run.
 """
 

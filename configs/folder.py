@@ -9,7 +9,7 @@ from salcl_jax import config as lib
 
 
 def get_config(variant: str = "") -> lib.ConfigDict:
-    """ResNet-18 of width 32 on 64 px crops; name the folders with --config.data.train.roots."""
+    """ResNet-18 of width 16 on 48 px crops; name the folders with --config.data.train.roots."""
     c = lib.base()
     if "resnet50" not in (variant or "").split(","):
         lib.small(c)

@@ -228,25 +228,37 @@ def byol_lars(c: ConfigDict) -> None:
 
 
 def small(c: ConfigDict) -> None:
-    """A network and crops that learn on two CPU cores: ResNet-18 of width 32 on 64 px crops."""
+    """What learns on two CPU cores: ResNet-18 of width 16, 48 px crops, InfoNCE and AdamW.
+
+    On 4,103 photos of COCO and VOC, k-NN on Imagenette stood at 34.3 % after 38,000 images this way and at
+    25.2 % after 51,000 with BYOL and SGD (untrained 25.1 %; one seed each).
+    """
     c.total_epochs = 40
     c.batch_size = 64
     c.data.canvas = 96
     c.data.workers = 4
     c.model.name = "resnet18"
-    c.model.width = 32
-    c.model.stem = "stride16"  # maps of 4 x 4 at 64 px; smaller ones are slow on CPUs
-    c.model.projector_hidden = 512
-    c.model.projector_out = 128
-    c.model.predictor_hidden = 512
+    c.model.width = 16
+    c.model.stem = "stride16"  # maps of 3 x 3 at 48 px; smaller ones are slow on CPUs
+    c.model.projector_hidden = 256
+    c.model.projector_out = 64
+    c.model.predictor_hidden = 256
     c.model.dtype = "float32"
-    c.crops.size = 64
+    c.crops.size = 48
+    c.crops.area = (0.15, 1.0)
     c.saliency.size = 64
-    c.optim.lr = 0.4
+    c.saliency.stages = ("stage2",)  # a young network's late stages find no objects yet
+    c.loss.name = "infonce"
+    c.optim.name = "adamw"
+    c.optim.lr = 0.004
+    c.optim.weight_decay = 0.01
+    c.optim.decay_all = False
     c.optim.warmup = 0.05
     c.ema.base = 0.97
     c.eval.size = 64
+    c.eval.every = 0.25
     c.eval.batch_size = 64
+    c.checkpoint.every = 0.1
 
 
 def few_steps(c: ConfigDict) -> None:

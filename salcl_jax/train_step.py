@@ -58,10 +58,11 @@ def make_init(network: Network, config: Config) -> Callable[[], TrainState]:
 
 
 def guidance_strength(step: Array, config: Config) -> Float[Array, ""]:
-    """0 before `guidance.start`, 1 after `guidance.full`, linear between (shares of training)."""
+    """0 before `guidance.start`, 1 from `guidance.full` on, linear between (shares of training)."""
     c = config.guidance
     progress = step.astype(jnp.float32) / config.resolved.total_steps
-    return jnp.clip((progress - c.start) / max(c.full - c.start, 1e-6), 0.0, 1.0)
+    ramp = jnp.clip((progress - c.start) / max(c.full - c.start, 1e-6), 0.0, 1.0)
+    return jnp.where(progress >= c.full, 1.0, ramp)
 
 
 def make_pretext(network: Network, config: Config) -> Callable[..., tuple[Array, tuple]]:

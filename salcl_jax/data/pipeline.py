@@ -244,7 +244,7 @@ def eval_batches(
     prefetch: int = 2,
     use_tf: bool | None = None,
 ) -> Iterator[HostBatch]:
-    """Every example once, in order, whole photo; limit 0 = all.
+    """Every example once, in order, whole photo; limit 0 = all, else that many, evenly spread.
 
     Global batch t holds examples t * B .. (t + 1) * B - 1, sliced over the processes as in
     train_batches, so all yield the same number of batches. Fields as there, with label and boxes
@@ -261,6 +261,7 @@ def eval_batches(
         if number >= count:
             return _blank(canvas, max_boxes, -1, 0)
         sizes = {"min_side": min_side, "max_pixels": max_pixels}
+        number = number * len(source) // count
         try:
             example = load(source, number, canvas=canvas, max_boxes=max_boxes, tries=1, **sizes)
         except Unusable:
