@@ -11,11 +11,17 @@ def get_config(variant: str = "") -> lib.ConfigDict:
     """ResNet-18 of width 16 on 48 px crops of 96 px scenes."""
     c = lib.base()
     lib.small(c)
-    c.total_epochs, c.total_steps = 0, 600
+    c.total_epochs, c.total_steps = 0, 400
+    c.optim.lr = 0.008
+    c.saliency.stages = ("stage2", "stage3")
+    c.pairs.mix.cover, c.pairs.mix.roi_jitter = 0.0, 0.8
+    c.weights.mode = "none"
+    c.guidance.start, c.guidance.full = 0.02, 0.05
     c.data.train = lib.source("scenes", split="train")
     c.data.max_boxes = 4
     c.data.workers = 2
     c.eval.limit = 500
+    c.eval.size = 48
     c.eval.every = 0.5
     c.eval.pretext = lib.source("scenes", split="validation")
     c.eval.localization = lib.source("scenes", split="validation")

@@ -67,12 +67,15 @@ def train(config: Any, workdir: str) -> dict:
 def open_sources(config: Any) -> dict[str, Source]:
     """Training source and those evaluation sources that the configuration names.
 
-    The pretext evaluation falls back on the training images.
+    The pretext evaluation falls back on the training images, and a data_dir that is not given on that of
+    the training source.
     """
     sources = {"train": open_source(config.data.train.to_dict())}
     for name in ("pretext", "localization", "probe_train", "probe_test"):
-        if config.eval[name].kind != "none":
-            sources[name] = open_source(config.eval[name].to_dict())
+        spec = config.eval[name].to_dict()
+        if spec["kind"] != "none":
+            spec["data_dir"] = spec["data_dir"] or config.data.train.data_dir
+            sources[name] = open_source(spec)
     sources.setdefault("pretext", sources["train"])
     if config.roi.source == "ground_truth" and not sources["train"].has_boxes:
         raise ValueError(f"config.roi.source = 'ground_truth': {sources['train'].name} has no boxes")

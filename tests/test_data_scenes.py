@@ -51,7 +51,7 @@ def test_masks_are_where_the_object_is_painted():
         changed = (large["image"] != small["image"]).any(-1)
         mask, other = large["masks"][0], grow(small["masks"][0])
         assert changed[mask & ~other].mean() > 0.95
-        assert not (changed & ~grow(mask) & ~other).any()
+        assert (changed & ~grow(mask) & ~other).sum() < 10  # but for the soft tip of a sharp corner
 
 
 def test_hidden_objects_are_dropped_from_the_annotations():
@@ -92,16 +92,19 @@ def test_shapes_fill_their_patch_and_differ():
         assert mix.min() >= 0 and mix.max() <= 1 and mix.std() > 0.05
 
 
-def test_colours_and_places_do_not_tell_the_class():
-    colours, kinds = [], []
+def test_colours_do_not_tell_the_class():
+    pairs, kinds = [], []
     for index in range(300):
         scene = scenes.render(5, index, num_classes=4, objects=(1, 1), clutter=0.0)
-        colours.append(scene["image"][scene["masks"][0]].mean(0))
+        inside = scene["image"][scene["masks"][0]].astype(float)
+        inside = inside[inside.sum(1).argsort()]
+        tenth = max(1, len(inside) // 10)  # what it is painted with, however much of each
+        pairs.append(np.concatenate([inside[:tenth].mean(0), inside[-tenth:].mean(0)]))
         kinds.append(int(scene["classes"][0]))
-    colours, kinds = np.array(colours), np.array(kinds)
-    half = len(kinds) // 2  # nearest neighbour in mean colour: chance is 1/4
-    gaps = ((colours[half:, None] - colours[None, :half]) ** 2).sum(-1)
-    assert np.mean(kinds[:half][gaps.argmin(1)] == kinds[half:]) < 0.4
+    pairs, kinds = np.array(pairs), np.array(kinds)
+    half = len(kinds) // 2  # nearest neighbour in both colours: chance is 1/4
+    gaps = ((pairs[half:, None] - pairs[None, :half]) ** 2).sum(-1)
+    assert np.mean(kinds[:half][gaps.argmin(1)] == kinds[half:]) < 0.45
 
 
 @pytest.mark.parametrize(

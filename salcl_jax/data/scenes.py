@@ -1,4 +1,4 @@
-"""Built-in scenes: textured backgrounds, clutter, and several objects that hide one another.
+"""Built-in scenes: patchwork backgrounds, clutter, and several objects that hide one another.
 
 A class is a shape with an interior texture; colours, place, size, turn, aspect and the background
 are drawn at random and tell nothing about it. A scene is a pure function of (seed, index, dials).
@@ -21,15 +21,17 @@ _VALIDATION = 2**32  # the first index of the validation scenes
 @dataclasses.dataclass(frozen=True)
 class Dials:
     """What can be turned. size: pixels; objects: fewest and most an image; object_size: extent
-    as a share of the image side; clutter in [0, 1]; the rest counts and the seed."""
+    as a share of the image side; repeat: probability that a further object is of the first one's class,
+    as objects of a photo often are; clutter in [0, 1]; the rest counts and the seed."""
 
     size: int = 96
     num_classes: int = 10
     objects: tuple[int, int] = (1, 4)
-    object_size: tuple[float, float] = (0.2, 0.45)
+    object_size: tuple[float, float] = (0.25, 0.5)
+    repeat: float = 0.5
     clutter: float = 0.5
-    num_train: int = 4000
-    num_val: int = 1000
+    num_train: int = 2000
+    num_val: int = 500
     seed: int = 0
 
     def __post_init__(self):
@@ -45,6 +47,7 @@ class Dials:
             num_classes=self.num_classes,
             objects=self.objects,
             object_size=self.object_size,
+            repeat=self.repeat,
             clutter=self.clutter,
         )
 
@@ -64,8 +67,9 @@ def _check(dials: Dials) -> None:
     low, high = dials.object_size
     if not 0 < low <= high <= 1 or low * dials.size < 6:
         raise ValueError(f"scenes: object_size {dials.object_size} must be 6 pixels to the image")
-    if not 0 <= dials.clutter <= 1:
-        raise ValueError(f"scenes: clutter {dials.clutter} must be in [0, 1]")
+    for name in ("clutter", "repeat"):
+        if not 0 <= getattr(dials, name) <= 1:
+            raise ValueError(f"scenes: {name} {getattr(dials, name)} must be in [0, 1]")
 
 
 def render(
@@ -75,7 +79,8 @@ def render(
     size: int = 96,
     num_classes: int = 10,
     objects: tuple[int, int] = (1, 4),
-    object_size: tuple[float, float] = (0.2, 0.45),
+    object_size: tuple[float, float] = (0.25, 0.5),
+    repeat: float = 0.5,
     clutter: float = 0.5,
 ) -> dict[str, Any]:
     """Scene `index` of the set `seed`.
@@ -93,6 +98,8 @@ def render(
         centre = _place(rng, size, extent, centres)
         centres.append((*centre, extent))
         kind = int(rng.integers(num_classes))
+        if classes and rng.random() < repeat:
+            kind = classes[0]
         full.append(_draw(rng, canvas, owner, number, kind, extent, centre))
         classes.append(kind)
     seen = np.bincount(owner.ravel(), minlength=len(full) + 1)[1:]
@@ -124,14 +131,6 @@ def largest(scene: dict[str, np.ndarray]) -> int:
     return int(scene["masks"].sum((1, 2)).argmax())
 
 
-def _colours(rng: np.random.Generator, count: int) -> np.ndarray:
-    """Colours with hue, greyness and lightness drawn evenly: float32 [count, 3], 0 to 255."""
-    hue, grey, light = rng.random((3, count, 1))
-    wheel = np.clip(np.abs((hue * 6 + np.array([[0.0, 4.0, 2.0]])) % 6 - 3) - 1, 0, 1)
-    pale = 0.5 + (wheel - 0.5) * (0.25 + 0.75 * grey)
-    return (255 * np.clip(pale * (0.35 + 0.9 * light), 0, 1)).astype(np.float32)
-
-
 def _noise(rng: np.random.Generator, cells: int, size: int, bands: int) -> np.ndarray:
     """Smooth noise of `cells` waves a side, float32 [s, s, bands] with values of 0 to 255."""
     grid = rng.integers(0, 256, (cells, cells, 3 if bands == 3 else 1), np.uint8)
@@ -140,27 +139,41 @@ def _noise(rng: np.random.Generator, cells: int, size: int, bands: int) -> np.nd
     return smooth.reshape(size, size, bands)
 
 
+# What backgrounds are patched from: two colours, then grain, its waves a side, and ripples. Every scene has
+# the same four, so that the ground under two crops neither agrees nor tells one scene from another.
+_MATERIALS = (
+    ((70, 110, 50), (120, 150, 80), 0.35, 28, 0),
+    ((150, 190, 225), (215, 230, 240), 0.05, 5, 0),
+    ((190, 165, 125), (225, 205, 165), 0.20, 16, 24),
+    ((90, 90, 95), (140, 140, 140), 0.30, 36, 16),
+)
+_PATCHES = 4  # waves a side of the noise that decides which material lies where
+# Dark and light colour of an object: few, so that colours do not tell objects apart either.
+_COLOURS = np.array(
+    [[(30, 30, 35), (240, 240, 235)], [(120, 25, 30), (250, 230, 180)], [(25, 35, 110), (250, 215, 70)]],
+    np.float32,
+)
+
+
 def _background(rng: np.random.Generator, size: int) -> np.ndarray:
-    """Two-colour gradient, coloured blobs, band-limited grain and often stripes: [s, s, 3]."""
-    first, second = _colours(rng, 2)
-    turn, phase, stripes_turn = rng.uniform(0, 2 * math.pi, 3).tolist()
-    axis = np.linspace(-1, 1, size, dtype=np.float32)
-    x, y = axis[None, :], axis[:, None]
-    ramp = np.clip(0.5 + 0.5 * (math.cos(turn) * x + math.sin(turn) * y), 0, 1)[..., None]
-    image = first * (1 - ramp) + second * ramp
-    blob_share, grain, stripes = rng.random(3).tolist()
-    blob_share *= 0.6
-    image *= 1 - blob_share
-    image += blob_share * _noise(rng, int(rng.integers(3, 8)), size, 3)
-    tone = (0.1 + 0.35 * grain) * (_noise(rng, int(rng.integers(10, 40)), size, 1) - 127.5)
-    if stripes < 0.6:
-        frequency = rng.uniform(6, 40)
-        wave = np.sin(
-            frequency * (math.cos(stripes_turn) * x + math.sin(stripes_turn) * y) + phase
-        )
-        tone += (60 * rng.random() * wave)[..., None]
-    image += tone
-    return np.clip(image, 0, 255).astype(np.uint8)
+    """A patchwork of the materials under uneven light: uint8 [s, s, 3]."""
+    materials = np.stack([_material(rng, size, *fields) for fields in _MATERIALS])
+    height = np.concatenate([_noise(rng, _PATCHES, size, 1) for _ in _MATERIALS], -1)
+    image = np.take_along_axis(materials, height.argmax(-1)[None, ..., None], 0)[0]
+    return np.clip(image * rng.uniform(0.85, 1.1), 0, 255).astype(np.uint8)
+
+
+def _material(rng, size, first, second, grain, cells, ripple) -> np.ndarray:
+    """One material over the whole image: float32 [s, s, 3]."""
+    ramp = _noise(rng, 4, size, 1) / 255
+    image = np.array([first], np.float32) * (1 - ramp) + np.array([second], np.float32) * ramp
+    image += grain * (_noise(rng, cells, size, 1) - 127.5)
+    if ripple:
+        axis = np.linspace(-24, 24, size, dtype=np.float32)
+        turn, phase = rng.uniform(0, 2 * math.pi, 2).tolist()
+        wave = np.sin(math.cos(turn) * axis[None, :] + math.sin(turn) * axis[:, None] + phase)
+        image += (ripple * wave)[..., None]
+    return image
 
 
 def _clutter(rng: np.random.Generator, image: np.ndarray, amount: float) -> np.ndarray:
@@ -228,8 +241,7 @@ def _draw(rng, canvas, owner, number, kind, extent, centre) -> int:
     return int(mask.sum())
 
 
-def _two_colours(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Two colours that are apart enough to show a texture."""
-    first, *others = _colours(rng, 6)
-    apart = (other for other in others if abs(float((first - other).mean())) > 50)
-    return first, next(apart, 255 - first)
+def _two_colours(rng: np.random.Generator) -> np.ndarray:
+    """A dark and a light colour, in either order, about one of the fixed pairs: float32 [2, 3]."""
+    pair = _COLOURS[int(rng.integers(len(_COLOURS)))] + rng.uniform(-15, 15, (2, 3)).astype(np.float32)
+    return pair if rng.random() < 0.5 else pair[::-1]

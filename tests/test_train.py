@@ -1,0 +1,277 @@
+"""Runs as users start them: what they leave behind, and how they stop, continue and fail."""
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from salcl_jax import checkpoint
+from salcl_jax.train import Alarm
+
+ROOT = Path(__file__).parents[1]
+NO_TENSORFLOW = "import sys\nsys.modules['tensorflow'] = None  # an import of it raises ImportError\n"
+SMALL = {
+    "data.canvas": 48, "model.width": 4, "crops.size": 32, "saliency.size": 32, "eval.size": 32,
+    "model.projector_hidden": 16, "model.projector_out": 16, "model.predictor_hidden": 16,
+    "data.workers": 1, "log.panel_images": 2, "log.tensorboard": False,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def shared(tmp_path_factory):
+    """Folder of this session: compiled programs, and the block that keeps tensorflow out."""
+    folder = tmp_path_factory.mktemp("train")
+    (folder / "blocked").mkdir()
+    (folder / "blocked" / "sitecustomize.py").write_text(NO_TENSORFLOW)
+    return folder
+
+
+def photo(rng, side=56):
+    """Smooth noise with a bright box, uint8 [side, side, 3], and the box."""
+    image = np.kron(rng.integers(0, 120, (7, 7, 3)), np.ones((side // 7, side // 7, 1))).astype(np.uint8)
+    y, x = rng.integers(0, side // 2, 2)
+    image[y : y + side // 2, x : x + side // 3] += rng.integers(60, 130, 3).astype(np.uint8)
+    return image, np.array([y, x, y + side // 2, x + side // 3]) / side
+
+
+@pytest.fixture(scope="session")
+def columns(shared):
+    """An .npz file of 32 pictures."""
+    rng = np.random.default_rng(0)
+    np.savez(shared / "photos.npz", image=np.stack([photo(rng)[0] for _ in range(32)]))
+    return shared / "photos.npz"
+
+
+def start(shared, config, workdir, block=False, **fields):
+    """A training process; fields by dotted name with __ for dots."""
+    given = SMALL | {name.replace("__", "."): value for name, value in fields.items()}
+    env = os.environ | {
+        "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1", "PYTHONWARNINGS": "ignore",
+        "PYTHONPATH": os.pathsep.join([str(ROOT)] + [str(shared / "blocked")] * block),
+        "JAX_COMPILATION_CACHE_DIR": str(shared / "compiled"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
+        "XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
+    }  # fmt: skip
+    command = [sys.executable, "-m", "salcl_jax.main", f"--config={config}", f"--workdir={workdir}"]
+    command += [f"--config.{name}={value}" for name, value in given.items()]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, cwd=ROOT, env=env, **pipes)
+
+
+def finish(process, code=0):
+    """(stdout, stderr) of a process that must end with this exit code, without a traceback."""
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == code, err[-3000:]
+    assert "Traceback" not in out + err, err[-3000:]
+    return out, err
+
+
+def train(shared, config, workdir, code=0, **fields):
+    return finish(start(shared, config, workdir, **fields), code)
+
+
+def arrays(columns, **fields):
+    """Fields of a run on the .npz file, for configs/folder.py:smoke, without tensorflow."""
+    return {"data__train__kind": "arrays", "data__train__path": columns, "batch_size": 8,
+            "eval__batch_size": 8, "block": True, **fields}  # fmt: skip
+
+
+def metrics(workdir, kind="train"):
+    """Lines of one kind, which must be increasing in step: {step: figures}."""
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    lines = [line for line in lines if f"{kind}/loss" in line or f"{kind}/pretext/loss" in line]
+    steps = [line["step"] for line in lines]
+    assert steps == sorted(set(steps))
+    return dict(zip(steps, lines, strict=True))
+
+
+def summary(workdir):
+    return json.loads((workdir / "summary.json").read_text())
+
+
+def record(workdir, step):
+    """Name, type, shape and checksum of every array of a checkpoint, the optimizer's included."""
+    text = (workdir / "checkpoints" / str(step) / "extra" / "metadata").read_text()
+    return json.loads(text)["record"]["leaves"]
+
+
+def same_networks(one, other):
+    one, other = checkpoint.load_params(str(one)), checkpoint.load_params(str(other))
+    assert one.keys() == other.keys()
+    for name in one:
+        np.testing.assert_equal(one[name], other[name])
+
+
+def scenes(shared):
+    data = {f"{part}__data_dir": shared / "scenes" for part in (
+        "data__train", "eval__pretext", "eval__localization", "eval__probe_train", "eval__probe_test")}
+    return data | {"batch_size": 8, "eval__batch_size": 16, "log__tensorboard": True}
+
+
+def test_what_a_run_leaves_behind(shared, tmp_path):
+    out, _ = train(shared, "configs/scenes.py:smoke", tmp_path, **scenes(shared))
+    found = json.loads((tmp_path / "config.json").read_text())
+    assert found["config"]["crops"]["size"] == 32 and found["config"]["resolved"]["total_steps"] == 4
+    lines = metrics(tmp_path)
+    assert list(lines) == [2, 4]
+    for line in lines.values():
+        assert all(value is not None for value in line.values())
+        assert line["train/skipped"] == 0 and "train/spread" in line
+    evaluations = metrics(tmp_path, "eval")
+    assert list(evaluations) == [0, 4]
+    figures = summary(tmp_path)
+    assert figures["steps"] == 4 and figures["images"] == 32
+    assert figures["final"].keys() == figures["untrained"].keys()
+    for part in ("pretext/loss", "localization/corloc", "knn/top1", "linear/top1"):
+        assert np.isfinite(figures["final"][part]) and part in out
+        assert figures["final"][part] == evaluations[4][f"eval/{part}"]
+        assert figures["untrained"][part] == evaluations[0][f"eval/{part}"]
+    panels = sorted((tmp_path / "panels").glob("*.png"))
+    assert [panel.stem for panel in panels] == ["scenes_00000000", "scenes_00000004"]
+    for panel in panels:
+        with Image.open(panel) as image:
+            assert image.mode == "RGB" and np.asarray(image).std() > 10
+    assert list((tmp_path / "tensorboard").iterdir()) and str(tmp_path / "panels") in out
+
+
+def wait_for_step(process, workdir, step):
+    """Until the running process has logged this step."""
+    path, deadline = workdir / "metrics.jsonl", time.monotonic() + 200
+    while time.monotonic() < deadline and process.poll() is None:
+        if path.exists() and f'{{"step": {step}, "train/' in path.read_text():
+            return
+        time.sleep(0.02)
+    pytest.fail(f"step {step} was not reached: {process.poll()}")
+
+
+@pytest.fixture(scope="session")
+def whole(shared, columns):
+    """A run of 40 steps without tensorflow, not interrupted, and its fields."""
+    fields = arrays(columns, total_steps=40, log__every=1, checkpoint__every=0.2)
+    train(shared, "configs/folder.py:smoke", shared / "whole", **fields)
+    return shared / "whole", fields
+
+
+def test_interrupted_and_continued_equals_uninterrupted(shared, whole, tmp_path):
+    straight, fields = whole
+    process = start(shared, "configs/folder.py:smoke", tmp_path, **fields)
+    wait_for_step(process, tmp_path, 5)
+    process.send_signal(signal.SIGTERM)
+    _, err = finish(process, 75)
+    stopped = max(int(p.name) for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit())
+    assert 5 <= stopped < 40 and f"saved step {stopped}; start again to continue" in err
+    assert not (tmp_path / "summary.json").exists()
+
+    _, err = train(shared, "configs/folder.py:smoke", tmp_path, 2, **fields | {"optim__lr": 0.123})
+    assert err.count("\n") == 1 and "optim.lr" in err and "0.123" in err and "--workdir" in err
+    train(shared, "configs/folder.py:smoke", tmp_path, **fields)
+    assert record(tmp_path, 40) == record(straight, 40)
+    same_networks(tmp_path, straight)
+    lines, expected = metrics(tmp_path), metrics(straight)
+    assert list(lines) == list(expected) == list(range(1, 41))
+    for step in lines:
+        for name in ("train/loss", "train/grad_norm", "train/spread", "train/window_area"):
+            assert lines[step][name] == expected[step][name]
+    assert summary(tmp_path)["final"] == summary(straight)["final"]
+
+
+def test_a_second_start_of_a_finished_run_changes_nothing(shared, whole):
+    run, fields = whole
+    names = ("final", "untrained", "steps", "images", "skipped", "collapse_alarm")
+    before = record(run, 40), metrics(run), metrics(run, "eval"), [summary(run)[name] for name in names]
+    out, err = train(shared, "configs/folder.py:smoke", run, **fields)
+    after = record(run, 40), metrics(run), metrics(run, "eval"), [summary(run)[name] for name in names]
+    assert after == before and "pretext/loss" in out and "step 40" not in err
+
+
+def test_starting_from_another_run_and_a_forced_collapse(shared, whole, tmp_path):
+    straight, fields = whole
+    changed = {"init_from": straight, "total_steps": 3, "collapse__threshold": 1.0, "collapse__patience": 2}
+    _, err = train(shared, "configs/folder.py:smoke", tmp_path, **fields | changed)
+    first, last = metrics(tmp_path, "eval")[0], metrics(straight, "eval")[40]
+    assert first["eval/pretext/loss"] == pytest.approx(last["eval/pretext/loss"], rel=1e-4)
+    untrained = metrics(straight, "eval")[0]["eval/pretext/loss"]
+    assert abs(first["eval/pretext/loss"] - untrained) > 1e-3
+    assert err.count("COLLAPSE ALARM") == 1 and "step 2: COLLAPSE ALARM" in err
+    assert [line["alarm/collapse"] for line in metrics(tmp_path).values()] == [0, 1, 1]
+    assert summary(tmp_path)["collapse_alarm"] is True
+
+
+def test_a_loss_that_is_not_finite(shared, columns, tmp_path):
+    fields = arrays(columns, total_steps=20, log__every=1, optim__lr=1e30)
+    _, err = train(shared, "configs/folder.py:smoke,byol", tmp_path, 70, **fields)
+    line = err.strip().splitlines()[-1]
+    saved = max(int(p.name) for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit())
+    assert line.startswith("stopped: ") and f"not finite at step {saved + 1}" in line
+    assert f"step {saved} is saved" in line and "config.optim.lr" in line
+    assert max(metrics(tmp_path)) == saved
+    assert checkpoint.load_params(str(tmp_path))["params"].keys() == {"encoder", "projector", "predictor"}
+
+
+def test_broken_photos(shared, tmp_path):
+    """Too many stop the run; with a higher limit the same command goes on and counts them."""
+    rng, folder = np.random.default_rng(1), tmp_path / "photos"
+    folder.mkdir()
+    for i in range(40):
+        path = folder / f"{i:02d}.jpg"
+        Image.fromarray(photo(rng)[0]).save(path)
+        if i % 10 == 3:
+            path.write_bytes(path.read_bytes()[:300])
+    fields = {"data__train__roots": f"('{folder}',)", "batch_size": 8, "total_steps": 10}
+    run = tmp_path / "run"
+    _, err = train(shared, "configs/folder.py:smoke,byol", run, 70, **fields)
+    line = err.strip().splitlines()[-1]
+    assert line.startswith("stopped: ") and "could not be read" in line and "config.data.max_skipped" in line
+    assert str(folder) in line
+
+    train(shared, "configs/folder.py:smoke,byol", run, **fields, data__max_skipped=0.5)
+    # ten steps of 8 are two passes over 40 photos, 4 of them broken
+    assert sum(line["train/skipped"] for line in metrics(run).values()) == 8
+    assert summary(run)["skipped"] == 8 and list(metrics(run)) == [2, 4, 6, 8, 10]
+
+
+def coco_example(tfds, rng, number):
+    image, (y0, x0, y1, x1) = photo(rng)
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, "JPEG")
+    box = tfds.features.BBox(y0, x0, y1, x1)
+    things = [{"area": 1, "bbox": box, "id": number, "is_crowd": False, "label": number % 3}]
+    return {"image": io.BytesIO(buffer.getvalue()), "image/filename": f"{number}.jpg", "image/id": number,
+            "objects": things}  # fmt: skip
+
+
+def test_coco_as_tfds_writes_it(shared, tmp_path):
+    tfds = pytest.importorskip("tensorflow_datasets")
+    builder = tfds.builder("coco/2017", data_dir=str(tmp_path / "data"))
+    Path(builder.data_dir).mkdir(parents=True)
+    writer = tfds.core.SequentialWriter(builder.info, 100, overwrite=True)
+    writer.initialize_splits(["train", "validation"])
+    rng = np.random.default_rng(2)
+    for split, count in (("train", 24), ("validation", 16)):
+        writer.add_examples({split: [coco_example(tfds, rng, i) for i in range(count)]})
+    writer.close_all()
+    fields = {"data__train__data_dir": tmp_path / "data", "batch_size": 8, "roi__source": "ground_truth",
+              "guidance__start": 0.0, "guidance__full": 0.0}  # fmt: skip
+    train(shared, "configs/coco.py:smoke", tmp_path / "run", **fields)
+    figures = summary(tmp_path / "run")["final"]
+    for part in ("pretext/loss", "localization/corloc", "knn/top1", "linear/top1"):
+        assert np.isfinite(figures[part])
+    assert metrics(tmp_path / "run")[4]["train/guided"] > 0
+
+
+def test_the_alarm_is_raised_once_and_taken_back():
+    alarm = Alarm(0.2, 3)
+    values = [0.1, 0.1, 0.3, 0.1, 0.1, 0.1, 0.1, 0.2, 0.1, 0.1, 0.1]
+    assert [alarm.update(value) for value in values] == [False] * 5 + [True] + [False] * 4 + [True]
+    assert alarm.raised
+    assert not alarm.update(0.2) and not alarm.raised
+    alarm = Alarm(0.2, 1)
+    assert alarm.update(float("-inf")) and not alarm.update(0.1)
