@@ -10,27 +10,21 @@ import gc
 import json
 import logging
 import sys
-import zlib
 from collections.abc import Iterator
-from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
-from jaxtyping import Array, UInt
 from orbax.checkpoint import checkpoint_managers as policies
 
+from salcl_jax import checkpoint_record as record
+from salcl_jax.checkpoint_record import Mismatch
 from salcl_jax.types import PyTree, TrainState
 
 _log = logging.getLogger(__name__)
 MODEL_FIELDS = ("params", "target_params", "batch_stats", "target_batch_stats")
-
-
-class Mismatch(ValueError):
-    """The checkpoint is intact but belongs to another network or optimizer."""
 
 
 class Checkpointer:
@@ -97,9 +91,9 @@ class Checkpointer:
         self._set_aside()
         if step in self._manager.all_steps() or not (force or self._manager.should_save(step)):
             return False
-        record = _seal({"extra": extra, "leaves": _describe(state)})
+        sealed = record.seal({"extra": extra, "leaves": record.describe(state)})
         args = ocp.args.Composite(
-            state=ocp.args.StandardSave(state), extra=ocp.args.JsonSave(record)
+            state=ocp.args.StandardSave(state), extra=ocp.args.JsonSave(sealed)
         )
         return bool(self._manager.save(step, args=args, force=True))
 
@@ -156,12 +150,12 @@ class Checkpointer:
         return found, reason
 
     def _read(self, step: int, abstract_state: TrainState) -> tuple[TrainState, dict]:
-        record = self._manager.restore(step, args=ocp.args.Composite(extra=ocp.args.JsonRestore()))
-        leaves, extra = _unseal(record["extra"])
-        _check_structure(self.directory / str(step), leaves, abstract_state)
+        found = self._manager.restore(step, args=ocp.args.Composite(extra=ocp.args.JsonRestore()))
+        leaves, extra = record.unseal(found["extra"])
+        record.check_structure(self.directory / str(step), leaves, abstract_state)
         args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state))
         state = self._manager.restore(step, args=args)["state"]
-        _check_sums(leaves, state)
+        record.check_sums(leaves, state)
         return state, extra
 
     def _set_aside(self) -> None:
@@ -216,18 +210,18 @@ def load_params(path: str, abstract_state: TrainState | None = None) -> dict:
 
 
 def _read_networks(step_dir: epath.Path, abstract_state: TrainState | None) -> dict:
-    leaves, _ = _unseal(json.loads((step_dir / "extra" / "metadata").read_text()))
+    leaves, _ = record.unseal(json.loads((step_dir / "extra" / "metadata").read_text()))
     leaves = {k: v for k, v in leaves.items() if k.split(".")[0] in MODEL_FIELDS}
     if abstract_state is not None:
         others = {f: None for f in abstract_state._fields if f not in MODEL_FIELDS}
-        _check_structure(step_dir, leaves, abstract_state._replace(**others))
+        record.check_structure(step_dir, leaves, abstract_state._replace(**others))
     reader = ocp.PyTreeCheckpointHandler()
     tree = reader.metadata(step_dir / "state").tree
     wanted = {f: jax.tree.map(lambda _: 0, tree[f]) for f in MODEL_FIELDS}
     how = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
     args = ocp.args.PyTreeRestore(item=wanted, restore_args=how, partial_restore=True)
     trees = reader.restore(step_dir / "state", args=args)
-    _check_sums(leaves, trees)
+    record.check_sums(leaves, trees)
     return trees
 
 
@@ -240,72 +234,6 @@ def _step_dirs(root: epath.Path) -> list[epath.Path]:
         return []
     steps = [p for p in root.iterdir() if p.name.isdigit()]
     return sorted(steps, key=lambda p: int(p.name), reverse=True)
-
-
-# The record of leaves.
-
-
-@jax.jit
-def _checksum(x: Array) -> UInt[Array, ""]:
-    """Sum of bits times odd position weights, modulo 2^32: any one changed element changes it.
-
-    Integer sums do not depend on their order, so the value is the same on any number of devices.
-    """
-    if x.dtype == jnp.bool_:
-        x = x.astype(jnp.uint8)
-    width = min(x.dtype.itemsize, 4)
-    bits = jax.lax.bitcast_convert_type(x, f"uint{8 * width}").reshape(-1).astype(jnp.uint32)
-    return jnp.sum(bits * (2 * jax.lax.iota(jnp.uint32, bits.size) + 1), dtype=jnp.uint32)
-
-
-def _named_leaves(tree: PyTree) -> dict[str, Any]:
-    """Leaves by dotted name; NamedTuples and dicts with the same keys give the same names."""
-    flat = jax.tree_util.tree_flatten_with_path(tree)[0]
-    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in flat}
-
-
-def _describe(state: PyTree) -> dict[str, list]:
-    """[dtype, shape, checksum] of every leaf."""
-    named = _named_leaves(state)
-    sums = jax.device_get([_checksum(x) for x in named.values()])
-    return {
-        name: [str(x.dtype), list(x.shape), int(s)]
-        for (name, x), s in zip(named.items(), sums, strict=True)
-    }
-
-
-def _seal(record: dict) -> dict:
-    """The record with a CRC of its JSON text, which survives a round trip unchanged."""
-    text = json.dumps(record, sort_keys=True)
-    return {"record": json.loads(text), "crc": zlib.crc32(text.encode())}
-
-
-def _unseal(sealed: dict) -> tuple[dict, dict]:
-    """(leaves, extra) of a sealed record; raises RuntimeError when it was altered."""
-    text = json.dumps(sealed["record"], sort_keys=True)
-    if zlib.crc32(text.encode()) != sealed["crc"]:
-        raise RuntimeError("its record of leaves is altered")
-    return sealed["record"]["leaves"], sealed["record"]["extra"]
-
-
-def _check_structure(where: epath.Path, leaves: dict, wanted: PyTree) -> None:
-    """Raise Mismatch naming the first leaf whose presence, shape or dtype differs."""
-    here = {n: f"{x.dtype}{list(x.shape)}" for n, x in _named_leaves(wanted).items()}
-    there = {n: f"{dtype}{shape}" for n, (dtype, shape, _) in leaves.items()}
-    for name in [*here, *(n for n in there if n not in here)]:
-        if here.get(name) != there.get(name):
-            raise Mismatch(
-                f"{where} is of another network: {name} is {there.get(name, 'absent')} in the "
-                f"checkpoint and {here.get(name, 'absent')} here; use its config or a new workdir"
-            )
-
-
-def _check_sums(leaves: dict, tree: PyTree) -> None:
-    """Raise RuntimeError naming the first leaf whose bits are not those that were saved."""
-    found = _describe(tree)
-    for name, expected in leaves.items():
-        if found.get(name) != expected:
-            raise RuntimeError(f"the bits of {name} are not those that were saved")
 
 
 # Paths and messages.

@@ -28,6 +28,9 @@ from salcl_jax.writer import Progress, Writer
 PREEMPTED = 75  # exit code: saved and left, start again to continue
 FAILED = 70  # exit code: non-finite loss, or too many unreadable images
 
+# What the summary needs beside the state: figures of the evaluations, steps not yet logged, totals.
+NO_HISTORY = {"untrained": {}, "final": {}, "seconds": 0.0, "rate": 0.0, "seen": 0, "skipped": 0}
+
 
 class Stopped(Exception):
     """The run ended early on purpose; `code` is the exit code, the message one line for the user."""
@@ -114,7 +117,7 @@ def _restore_or_init(
     if config.init_from:
         weights = checkpoint.load_params(config.init_from, checkpoint.abstract_like(state, whole))
         state = state._replace(**jax.jit(lambda t: t, out_shardings=whole)(weights))
-    return state, {"untrained": {}, "final": {}, "interval": [], "seconds": 0.0, "seen": 0, "skipped": 0}, 0
+    return state, NO_HISTORY | {"interval": []}, 0
 
 
 def _checkpointer(config: Any, workdir: str) -> checkpoint.Checkpointer:
@@ -159,11 +162,11 @@ class _Run:
         """Train to the last step; returns the summary."""
         began, before = time.monotonic(), self.history["seconds"]
         batches = sharding.prefetch_to_device(self._host_batches(), self.mesh)
-        if self.start == 0:
-            self.history["untrained"] = self._evaluate(0, state)
-            self._draw(0, state)
         pending = None
         with _termination() as told, self.progress:
+            if self.start == 0:
+                self.history["untrained"] = self._evaluate(0, state)
+                self._draw(0, state)
             for step in range(self.start + 1, self.total + 1):
                 waited = time.monotonic()
                 batch = next(batches)
@@ -239,7 +242,7 @@ class _Run:
         skipped, seen = sum(row["skipped"] for row in rows), len(rows) * self.config.batch_size
         means.pop("train/finite")
         means["train/skipped"] = skipped
-        means["train/images_per_second"] = self.progress.images_per_second
+        means["train/images_per_second"] = self.history["rate"] = self.progress.images_per_second
         means["alarm/collapse"] = float(self.alarm.raised)
         self.writer.scalars(step, means)
         self.history["skipped"] += skipped
@@ -272,7 +275,7 @@ class _Run:
         return {
             "steps": self.total,
             "images": self.total * self.config.batch_size,
-            "images_per_second": self.progress.images_per_second,
+            "images_per_second": self.history["rate"],
             "seconds": seconds,
             "devices": f"{self.mesh.size} x {jax.devices()[0].device_kind}",
             "skipped": self.history["skipped"],

@@ -10,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 
-from salcl_jax import checkpoint, sharding
+from salcl_jax import checkpoint, checkpoint_record, sharding
 from salcl_jax.types import TrainState
 
 
@@ -243,8 +243,8 @@ def test_checksum_notices_any_single_bit():
     x = np.random.default_rng(0).standard_normal(37).astype(np.float32)
     weights = 2 * np.arange(37, dtype=np.uint64) + 1
     reference = int((x.view(np.uint32).astype(np.uint64) * weights).sum() % 2**32)
-    assert int(checkpoint._checksum(x)) == reference
+    assert int(checkpoint_record.checksum(x)) == reference
     for bit in range(32):
         y = x.copy()
         y.view(np.uint32)[11] ^= np.uint32(1 << bit)
-        assert int(checkpoint._checksum(y)) != reference
+        assert int(checkpoint_record.checksum(y)) != reference

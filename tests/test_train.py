@@ -22,6 +22,7 @@ SMALL = {
     "data.canvas": 48, "model.width": 4, "crops.size": 32, "saliency.size": 32, "eval.size": 32,
     "model.projector_hidden": 16, "model.projector_out": 16, "model.predictor_hidden": 16,
     "data.workers": 1, "log.panel_images": 2, "log.tensorboard": False,
+    **{f"augment.view{v}.{name}": 0.0 for v in (1, 2) for name in ("jitter_prob", "blur_prob")},
 }  # fmt: skip
 
 

@@ -499,11 +499,11 @@ CHOICES = {
        for m in ("none", "product", "geometric", "minimum") for n in ("image", "batch")},
 }  # fmt: skip
 RUN = {
-    "every way, gradcam": {**EVERY_WAY, "saliency.source": "gradcam", "weights.mode": "minimum"},
-    "every way, similarity, small crops": {
-        **EVERY_WAY, "saliency.source": "similarity", "saliency.branch": "online", "local.count": 4,
+    "gradcam": {"saliency.source": "gradcam", "weights.mode": "minimum", "pairs.mix.cover": 1.0},
+    "similarity, small crops": {
+        "pairs.mix.roi_center": 0.5, "saliency.source": "similarity", "saliency.branch": "online", "local.count": 4,
         "local.invalid": "drop", "weights.normalize": "image", "loss.name": "infonce"},
-    "oracle, fused maps": {
+    "every way, oracle, fused maps": {
         **EVERY_WAY, "roi.source": "ground_truth", "roi.count": 5, "local.count": 2,
         "saliency.stages": ("stage3", "stage4"), "weights.mode": "product"},
     "random regions, no map": {
