@@ -4,7 +4,7 @@
 # The first call of any of them makes .venv and installs the package into it.
 
 PYTHON ?= $(shell for p in python3 python3.12 python3.11 python3.13 python; do \
-	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null && echo $$p && break; done)
 WORKDIR ?= demo
 VENV := .venv
 RUN := $(VENV)/bin/python
@@ -20,7 +20,7 @@ lint: $(VENV)/.tests-installed
 	$(RUN) -m ruff check .
 
 $(VENV)/.installed: setup.py
-	@test -n "$(PYTHON)" || { echo "error: no Python 3.11 or newer found; name one with PYTHON=..."; exit 2; }
+	@test -n "$(PYTHON)" || { echo "error: no Python 3.11, 3.12 or 3.13 found (tensorflow has wheels for these); name one with PYTHON=..."; exit 2; }
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet --upgrade pip
 	$(RUN) -m pip install --quiet -e .

@@ -14,6 +14,7 @@ def get_config(variant: str = "") -> lib.ConfigDict:
     c = lib.base()
     c.data.train = lib.source("tfds", name="coco/2017", split="train", expected=118_287)
     c.eval.localization = lib.source("tfds", name="coco/2017", split="validation")
+    c.eval.pretext = lib.source("tfds", name="coco/2017", split="validation")
     c.eval.probe_train = lib.source("tfds", name="coco/2017", split="train")
     c.eval.probe_test = lib.source("tfds", name="coco/2017", split="validation")
     c.eval.probe_on = "object"

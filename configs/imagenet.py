@@ -17,6 +17,7 @@ def get_config(variant: str = "") -> lib.ConfigDict:
     lib.byol_lars(c)
     c.optim.warmup = 10 / 300
     c.eval.limit = 20_000
+    c.eval.pretext = lib.source("tfds", name="imagenet2012", split="validation")
     c.eval.probe_train = lib.source("tfds", name="imagenet2012", split="train")
     c.eval.probe_test = lib.source("tfds", name="imagenet2012", split="validation")
     known = {"byol": lib.plain_byol, "smoke": _smoke}

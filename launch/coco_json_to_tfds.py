@@ -2,8 +2,8 @@
 
 python launch/coco_json_to_tfds.py --images=DIR --train=train.json --validation=val.json --data_dir=OUT
 
-OUT can then stand for --config.data.train.data_dir in configs/coco.py. Photos without annotations are kept;
-categories keep COCO's ids (1 to 90, 80 of them in use).
+OUT can then stand for --config.data.train.data_dir in configs/coco.py. Photos without annotations are kept.
+Class k is the category with the k-th smallest id of the JSON file.
 """
 
 import argparse
@@ -36,7 +36,9 @@ def _example(images: str, photo: dict, objects: list[dict], labels: dict[int, in
             "area": int(a["area"]), "bbox": tfds.features.BBox(*box.tolist()), "id": a["id"],
             "is_crowd": bool(a.get("iscrowd", 0)), "label": labels[a["category_id"]],
         })  # fmt: skip
-    name = os.path.basename(photo["file_name"])
+    name = photo["file_name"]
+    if not os.path.exists(os.path.join(images, name)):
+        name = os.path.basename(name)  # some files name a folder that is part of --images already
     return {
         "image": os.path.join(images, name), "image/filename": name, "image/id": photo["id"], "objects": found
     }  # fmt: skip
@@ -48,6 +50,8 @@ def main() -> None:
         parser.add_argument(f"--{name}", required=True)
     args = parser.parse_args()
     builder = tfds.builder("coco/2017", data_dir=args.data_dir)
+    if pathlib.Path(builder.data_dir).exists():
+        raise SystemExit(f"error: {builder.data_dir} exists already; name another --data_dir or delete it")
     pathlib.Path(builder.data_dir).mkdir(parents=True)
     writer = tfds.core.SequentialWriter(builder.info, 1000, overwrite=True)
     writer.initialize_splits(["train", "validation"])

@@ -166,7 +166,7 @@ def base() -> ConfigDict:
     c.eval.limit = 2000  # images per set; 0 is all
     c.eval.size = 224  # side in pixels of the images whose features are judged
     c.eval.branch = "online"  # whose features: online | target
-    c.eval.pretext = source()  # held-out images for loss and collapse statistics
+    c.eval.pretext = source()  # images for loss and collapse statistics; none: the training images
     c.eval.localization = source()  # images with boxes: pointing, CorLoc, saliency inside boxes
     c.eval.probe_train = source()  # labelled images, or images with boxes, for k-NN and linear probe
     c.eval.probe_test = source()  # those that they are tested on
@@ -299,8 +299,9 @@ def finish(c: ConfigDict, *, devices: int, images: int) -> ConfigDict:
     c.resolved.warmup_steps = steps(c.optim.warmup)
     c.resolved.eval_every = steps(c.eval.every) or total
     c.resolved.panels_every = steps(c.log.panels) or total
-    c.resolved.checkpoint_every = steps(c.checkpoint.every) or total
-    c.resolved.keep_every = steps(c.checkpoint.keep_every)
+    c.resolved.checkpoint_every = every = steps(c.checkpoint.every) or total
+    kept = steps(c.checkpoint.keep_every)  # only what is saved can be kept
+    c.resolved.keep_every = every * max(1, round(kept / every)) if kept else 0
     return c
 
 

@@ -49,7 +49,7 @@ def make_saliency(network: Network, config: Config) -> Callable[..., Float[Array
     """Function (params, batch_stats, images in [0, 1] [b, s, s, 3]) -> maps in [0, 1] [b, h, w].
 
     It runs the branch whose trees it is given with running BatchNorm statistics, so the map of an image
-    does not depend on the batch it comes in.
+    does not depend on the batch it comes in (but for gradcam, which contrasts it with the others).
     """
     c = config.saliency
 
@@ -90,7 +90,8 @@ def _gradcam(
         others = z @ jnp.mean(z_mirror, axis=0)
         return jnp.sum(own - others)
 
-    return saliency.gradcam(features, jax.grad(agreement)(features))
+    gradient = jax.lax.stop_gradient(jax.grad(agreement)(features))
+    return saliency.gradcam(features, gradient)
 
 
 def _unit(x: Array) -> Array:
@@ -140,7 +141,7 @@ def make_crops(network: Network, config: Config) -> Callable[..., Crops]:
         with jax.named_scope("saliency"):
             maps = None
             if draw_maps:
-                maps = draw_maps(*_branch(state, config.saliency.branch), images)
+                maps = draw_maps(*branch(state, config.saliency.branch), images)
                 maps = maps if config.crops.gradient else jax.lax.stop_gradient(maps)
         with jax.named_scope("regions"):
             rois = _regions(k_regions, maps, batch, config)
@@ -175,7 +176,8 @@ def _augmentation(config: Config, view: str, size: int) -> augment.AugmentSpec:
     return spec._replace(blur_sigma=(low * size / 224, high * size / 224))
 
 
-def _branch(state: TrainState, name: str) -> tuple[PyTree, PyTree]:
+def branch(state: TrainState, name: str) -> tuple[PyTree, PyTree]:
+    """Parameters and batch statistics of the 'online' or 'target' network."""
     if name == "online":
         return state.params, state.batch_stats
     return state.target_params, state.target_batch_stats

@@ -14,6 +14,7 @@ from ml_collections import config_flags
 
 from salcl_jax import config as config_lib
 from salcl_jax import validation
+from salcl_jax.evaluators import HEADLINES
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "configuration file[:variants]", lock_config=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run; an interrupted run in it continues")
@@ -87,21 +88,24 @@ def main(_: list[str]) -> None:
         sys.exit(stop.code)
     except config_lib.ConfigError as error:
         _leave(str(error))
-    print_table(summary, _WORKDIR.value)
+    if summary:
+        print_table(summary, _WORKDIR.value)
 
 
 def print_table(summary: dict, workdir: str) -> None:
-    """The run's figures beside those of the untrained network, and where the pictures are."""
+    """The run's main figures beside those of the untrained network, and where the pictures are."""
     final, untrained = summary["final"], summary["untrained"]
-    width = max(len(name) for name in final)
+    names = [name for name in HEADLINES if name in final]
+    width = max(len(name) for name in names)
     print(f"\n{'':{width}}  {'final':>9}  {'untrained':>9}")
-    for name, value in final.items():
-        print(f"{name:{width}}  {value:9.3f}  {untrained.get(name, float('nan')):9.3f}")
+    for name in names:
+        print(f"{name:{width}}  {final[name]:9.3f}  {untrained.get(name, float('nan')):9.3f}")
     print(
         f"\n{summary['steps']} steps, {summary['images']} images, {summary['images_per_second']:.0f} "
         f"images/s on {summary['devices']}, {summary['seconds']:.0f} s"
     )
     print(f"pictures: {os.path.join(workdir, 'panels')}", flush=True)
+    print(f"all figures: {os.path.join(workdir, 'summary.json')}", flush=True)
 
 
 def _print(line: str) -> None:

@@ -8,6 +8,7 @@ import itertools
 from collections.abc import Iterable, Iterator, Sequence
 
 import jax
+import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -25,7 +26,9 @@ def make_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
     contrastive step needs, such as batch-by-batch logits and merging views into the batch.
     """
     devices = jax.devices() if devices is None else list(devices)
-    return jax.make_mesh((len(devices),), (AXIS,), axis_types=(AxisType.Auto,), devices=devices)
+    # By process: jax.make_mesh would order a pod by its wiring, and rows of a batch would change places.
+    devices = sorted(devices, key=lambda device: (device.process_index, device.id))
+    return Mesh(np.array(devices), (AXIS,), axis_types=(AxisType.Auto,))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -98,7 +101,8 @@ def initialize_distributed(mode: str, timeout: int = 300) -> None:
     options = _parse_mode(mode)
     if mode != "none" and not jax.distributed.is_initialized():
         who = f"process {options['process_id']} of {options['num_processes']}" if options else mode
-        print(f"distributed: {who}, waiting up to {timeout} s for the others", flush=True)
+        if options:
+            print(f"distributed: {who}, waiting up to {timeout} s for the others", flush=True)
         try:
             jax.distributed.initialize(
                 **options, initialization_timeout=timeout, heartbeat_timeout_seconds=100

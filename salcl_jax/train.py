@@ -17,7 +17,7 @@ from salcl_jax import checkpoint, sharding
 from salcl_jax import config as config_lib
 from salcl_jax.data.pipeline import train_batches
 from salcl_jax.data.sources import Source, open_source
-from salcl_jax.evaluators import online
+from salcl_jax.evaluators import HEADLINES, online
 from salcl_jax.models.network import Network, build, parameter_table
 from salcl_jax.panels import make_panel
 from salcl_jax.train_step import make_init, make_train_step
@@ -28,8 +28,9 @@ from salcl_jax.writer import Progress, Writer
 PREEMPTED = 75  # exit code: saved and left, start again to continue
 FAILED = 70  # exit code: non-finite loss, or too many unreadable images
 
+PROBE_NEEDS = {"image": "labels", "object": "boxes"}
 # What the summary needs beside the state: figures of the evaluations, steps not yet logged, totals.
-NO_HISTORY = {"untrained": {}, "final": {}, "seconds": 0.0, "rate": 0.0, "seen": 0, "skipped": 0}
+NO_HISTORY = {"untrained": {}, "final": {}, "seconds": 0.0, "rate": 0.0, "seen": 0, "skipped": 0, "below": 0}
 
 
 class Stopped(Exception):
@@ -43,8 +44,9 @@ class Stopped(Exception):
 def train(config: Any, workdir: str) -> dict:
     """Run, or continue, the training that a validated configuration describes; returns the summary.
 
-    Raises `ConfigError` for what the user has to mend, and `Stopped` when told to terminate (after
-    saving), when the loss is not finite and when too many images cannot be read.
+    Only the main process gets the summary, the others an empty one. Raises `ConfigError` for what the user
+    has to mend, and `Stopped` when told to terminate (after saving), when the loss is not finite and when
+    too many images cannot be read.
     """
     mesh = sharding.make_mesh()
     validate(config, devices=mesh.size)
@@ -61,10 +63,11 @@ def train(config: Any, workdir: str) -> dict:
             print(_describe(config, state), flush=True)
         with Writer(workdir, tensorboard=config.log.tensorboard, is_main=main, resume_step=start) as writer:
             writer.config(config.to_dict())
-            run = _Run(config, network, mesh, sources, saved, writer, history, start)
+            with _user_errors():
+                run = _Run(config, network, mesh, sources, saved, writer, history, start)
             summary = run.loop(state)
             writer.summary(summary)
-    return summary
+    return summary if main else {}
 
 
 def open_sources(config: Any) -> dict[str, Source]:
@@ -80,9 +83,23 @@ def open_sources(config: Any) -> dict[str, Source]:
             spec["data_dir"] = spec["data_dir"] or config.data.train.data_dir
             sources[name] = open_source(spec)
     sources.setdefault("pretext", sources["train"])
-    if config.roi.source == "ground_truth" and not sources["train"].has_boxes:
-        raise ValueError(f"config.roi.source = 'ground_truth': {sources['train'].name} has no boxes")
+    _check_annotations(config, sources)
     return sources
+
+
+def _check_annotations(config: Any, sources: dict[str, Source]) -> None:
+    """Raise ValueError where a source lacks the boxes or labels that it is asked for."""
+    wanted = {"localization": "boxes"}
+    wanted |= dict.fromkeys(("probe_train", "probe_test"), PROBE_NEEDS[config.eval.probe_on])
+    if config.roi.source == "ground_truth":
+        wanted |= dict.fromkeys(("train", "pretext"), "boxes")
+    for name, what in wanted.items():
+        if name in sources and not getattr(sources[name], f"has_{what}"):
+            raise ValueError(f"{name}: {sources[name].name} has no {what}; name a source that has")
+    if "probe_train" in sources:
+        first, second = sources["probe_train"].class_names, sources["probe_test"].class_names
+        if any(a != b for a, b in zip(first, second, strict=False)):
+            raise ValueError("eval.probe_train and eval.probe_test number their classes differently")
 
 
 @contextlib.contextmanager
@@ -156,11 +173,11 @@ class _Run:
             self.total, start=start, images_per_step=config.batch_size, log_every=config.log.every,
             is_main=jax.process_index() == 0,
         )  # fmt: skip
-        self.alarm = Alarm(config.collapse.threshold, config.collapse.patience)
+        self.clock = time.monotonic()
+        self.alarm = Alarm(config.collapse.threshold, config.collapse.patience, history["below"])
 
     def loop(self, state: TrainState) -> dict:
         """Train to the last step; returns the summary."""
-        began, before = time.monotonic(), self.history["seconds"]
         batches = sharding.prefetch_to_device(self._host_batches(), self.mesh)
         pending = None
         with _termination() as told, self.progress:
@@ -168,9 +185,7 @@ class _Run:
                 self.history["untrained"] = self._evaluate(0, state)
                 self._draw(0, state)
             for step in range(self.start + 1, self.total + 1):
-                waited = time.monotonic()
-                batch = next(batches)
-                waited = time.monotonic() - waited
+                batch, waited = _next(batches)
                 state, measured = self.step(state, batch)
                 if pending:  # read one step late: the device is never waited for
                     self._record(*pending, state)
@@ -178,7 +193,6 @@ class _Run:
                 if self._due(step):
                     self._record(*pending, state)
                     pending = None
-                    self.history["seconds"] = before + time.monotonic() - began
                     self._at(step, state)
                 if told() or self.saved.reached_preemption(step):
                     if pending:
@@ -186,7 +200,7 @@ class _Run:
                     self._save(step, state, force=True)
                     raise Stopped(f"told to terminate: saved step {step}; start again to continue", PREEMPTED)
         self.saved.wait()
-        return self._summary(before + time.monotonic() - began)
+        return self._summary()
 
     def _host_batches(self) -> Iterator[HostBatch]:
         c, source = self.config.data, self.sources["train"]
@@ -210,7 +224,7 @@ class _Run:
         """Everything that happens at chosen steps: lines of metrics, evaluation, pictures, checkpoint."""
         r, last = self.config.resolved, step == self.total
         if step % self.config.log.every == 0 or last:
-            self._log(step)
+            self._log(step, state)
         if step % r.eval_every == 0 or last:
             self.history["final"] = self._evaluate(step, state)
         if step % r.panels_every == 0 or last:
@@ -225,18 +239,19 @@ class _Run:
             good = state._replace(failed=jax.numpy.zeros_like(state.failed))
             self._save(step - 1, good, force=True)
             raise Stopped(
-                f"loss or gradient not finite at step {step}: step {step - 1} is saved; lower "
-                "config.optim.lr, or look at the data of that step", FAILED,
+                f"loss or gradient not finite at step {step}: step {step - 1} is saved; go on in a new "
+                "--workdir with --config.init_from=THIS_WORKDIR and a lower config.optim.lr", FAILED,
             )  # fmt: skip
         if self.alarm.update(figures["spread"]):
             self.progress.message(
                 f"step {step}: COLLAPSE ALARM: projections of different images are nearly alike (spread "
                 f"{figures['spread']:.3f} < {self.alarm.threshold} for {self.alarm.patience} steps)"
             )
+        self.history["below"] = self.alarm.below
         self.history["interval"].append(figures | {"data_wait": waited})
         self.progress.update(step, figures["loss"])
 
-    def _log(self, step: int) -> None:
+    def _log(self, step: int, state: TrainState) -> None:
         rows, self.history["interval"] = self.history["interval"], []
         means = {f"train/{name}": float(np.mean([row[name] for row in rows])) for name in rows[0]}
         skipped, seen = sum(row["skipped"] for row in rows), len(rows) * self.config.batch_size
@@ -249,6 +264,7 @@ class _Run:
         self.history["seen"] += seen
         share = self.history["skipped"] / (self.history["skipped"] + self.history["seen"])
         if share > self.config.data.max_skipped:
+            self._save(step, state, force=True)
             raise Stopped(
                 f"{self.history['skipped']:.0f} images could not be read, {100 * share:.1f} % of all so "
                 f"far: mend {self.sources['train'].name} or raise config.data.max_skipped "
@@ -268,15 +284,18 @@ class _Run:
             self.writer.image(step, "scenes", self.panel(state))
 
     def _save(self, step: int, state: TrainState, force: bool) -> None:
+        now = time.monotonic()
+        self.history["seconds"] += now - self.clock
+        self.clock = now
         extra = {"fields": config_lib.learnt_fields(self.config), "history": self.history}
         self.saved.save(step, state, extra, force=force)
 
-    def _summary(self, seconds: float) -> dict:
+    def _summary(self) -> dict:
         return {
             "steps": self.total,
             "images": self.total * self.config.batch_size,
             "images_per_second": self.history["rate"],
-            "seconds": seconds,
+            "seconds": self.history["seconds"],
             "devices": f"{self.mesh.size} x {jax.devices()[0].device_kind}",
             "skipped": self.history["skipped"],
             "collapse_alarm": self.alarm.raised,
@@ -285,23 +304,26 @@ class _Run:
         }
 
 
-HEADLINES = (
-    "pretext/loss", "pretext/spread", "knn/top1", "linear/top1", "localization/pointing",
-    "localization/corloc", "localization/best_iou", "localization/inside_ratio",
-)  # fmt: skip
+def _next(batches: Iterator) -> tuple[dict, float]:
+    """The next batch and the seconds it was waited for; photos of which none is usable stop the run."""
+    began = time.monotonic()
+    try:
+        return next(batches), time.monotonic() - began
+    except (ValueError, OSError) as error:
+        raise Stopped(str(error), FAILED) from error
 
 
 class Alarm:
     """Raised once `patience` values in a row lie below `threshold`; stays raised until one does not."""
 
-    def __init__(self, threshold: float, patience: int):
+    def __init__(self, threshold: float, patience: int, below: int = 0):
         self.threshold, self.patience = threshold, patience
-        self._below, self.raised = 0, False
+        self.below, self.raised = below, below >= patience
 
     def update(self, value: float) -> bool:
         """Take in a value; True only at the moment the alarm is raised."""
-        self._below = self._below + 1 if value < self.threshold else 0
-        before, self.raised = self.raised, self._below >= self.patience
+        self.below = self.below + 1 if value < self.threshold else 0
+        before, self.raised = self.raised, self.below >= self.patience
         return self.raised and not before
 
 
@@ -309,7 +331,8 @@ class Alarm:
 def _termination() -> Iterator[Callable[[], bool]]:
     """Inside, SIGTERM and the first Ctrl-C only set a flag; a second one acts as usual.
 
-    With several processes jax's own service carries SIGTERM to all of them at one step.
+    With several processes jax's own service carries SIGTERM to all of them at one step, and Ctrl-C acts as
+    usual: one process alone cannot save.
     """
     told = []
 
@@ -317,7 +340,7 @@ def _termination() -> Iterator[Callable[[], bool]]:
         told.append(number)
         signal.signal(number, before[number])
 
-    numbers = [signal.SIGINT] + ([signal.SIGTERM] if jax.process_count() == 1 else [])
+    numbers = [signal.SIGINT, signal.SIGTERM] if jax.process_count() == 1 else []
     before = {}
     with contextlib.suppress(ValueError):  # not in the main thread: nothing to catch
         before = {number: signal.signal(number, note) for number in numbers}

@@ -14,7 +14,7 @@ import optax
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from salcl_jax import ema, losses, metrics, optim
-from salcl_jax.guidance import Config, Crops, make_crops, to_float
+from salcl_jax.guidance import Config, Crops, branch, make_crops, to_float
 from salcl_jax.models.network import Network, forward_online, forward_target
 from salcl_jax.ops.augment import normalize
 from salcl_jax.ops.crop import crop_and_resize
@@ -204,11 +204,15 @@ def make_eval_step(network: Network, config: Config) -> Callable[[TrainState, Ba
 
 def make_feature_fn(network: Network, config: Config) -> Callable[..., Float[Array, "b m d"]]:
     """Function (state, images uint8 [b, s, s, 3], boxes [b, m, 4]) -> pooled features of those crops."""
+
     def features(state: TrainState, images: Any, boxes: Float[Array, "b m 4"]) -> Array:
-        online = config.eval.branch == "online"
-        params = state.params if online else state.target_params
-        stats = state.batch_stats if online else state.target_batch_stats
-        crops = normalize(crop_and_resize(to_float(images), boxes, config.eval.size))
-        return network.encode(params, stats, crops, train=False)[0]["pooled"]
+        params, stats = branch(state, config.eval.branch)
+
+        def of_box(box: Float[Array, "b 4"]) -> Float[Array, "b d"]:
+            crops = normalize(crop_and_resize(to_float(images), box[:, None], config.eval.size))
+            return network.encode(params, stats, crops, train=False)[0]["pooled"][:, 0]
+
+        # Box after box: the memory of one crop an image, however many boxes there are.
+        return jnp.moveaxis(jax.lax.map(of_box, jnp.moveaxis(boxes, 1, 0)), 0, 1)
 
     return features

@@ -106,7 +106,7 @@ class _LineFile:
     def __init__(self, path: epath.Path, resume_step: int):
         self._path, self._remote = path, _is_remote(path)
         text = path.read_text() if path.exists() else ""
-        kept = [line for line in text.splitlines() if _belongs(line, resume_step)]
+        kept = [line for line in text.splitlines() if resume_step and _belongs(line, resume_step)]
         repaired = "".join(f"{line}\n" for line in kept)
         if repaired != text:
             _replace(path, repaired)

@@ -22,7 +22,6 @@ SMALL = {
     "data.canvas": 48, "model.width": 4, "crops.size": 32, "saliency.size": 32, "eval.size": 32,
     "model.projector_hidden": 16, "model.projector_out": 16, "model.predictor_hidden": 16,
     "data.workers": 1, "log.panel_images": 2, "log.tensorboard": False,
-    **{f"augment.view{v}.{name}": 0.0 for v in (1, 2) for name in ("jitter_prob", "blur_prob")},
 }  # fmt: skip
 
 
@@ -226,7 +225,8 @@ def test_broken_photos(shared, tmp_path):
         Image.fromarray(photo(rng)[0]).save(path)
         if i % 10 == 3:
             path.write_bytes(path.read_bytes()[:300])
-    fields = {"data__train__roots": f"('{folder}',)", "batch_size": 8, "total_steps": 10}
+    fields = {"data__train__roots": f"('{folder}',)", "batch_size": 8, "total_steps": 10,
+              "block": True}  # fmt: skip
     run = tmp_path / "run"
     _, err = train(shared, "configs/folder.py:smoke,byol", run, 70, **fields)
     line = err.strip().splitlines()[-1]

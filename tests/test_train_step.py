@@ -501,8 +501,8 @@ CHOICES = {
 RUN = {
     "gradcam": {"saliency.source": "gradcam", "weights.mode": "minimum", "pairs.mix.cover": 1.0},
     "similarity, small crops": {
-        "pairs.mix.roi_center": 0.5, "saliency.source": "similarity", "saliency.branch": "online", "local.count": 4,
-        "local.invalid": "drop", "weights.normalize": "image", "loss.name": "infonce"},
+        "pairs.mix.roi_center": 0.5, "saliency.source": "similarity", "saliency.branch": "online",
+        "local.count": 4, "local.invalid": "drop", "weights.normalize": "image", "loss.name": "infonce"},
     "every way, oracle, fused maps": {
         **EVERY_WAY, "roi.source": "ground_truth", "roi.count": 5, "local.count": 2,
         "saliency.stages": ("stage3", "stage4"), "weights.mode": "product"},

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
+Image.MAX_IMAGE_PIXELS = None  # data.max_pixels decides, from the header
 REASONS = ("truncated", "not_image", "too_small", "too_large", "unreadable")
 WHOLE = (0.0, 0.0, 1.0, 1.0)
 _ORIENTATION = 0x0112

@@ -103,14 +103,14 @@ def load(
     reason = ""
     for skipped in range(min(tries, len(source))):
         number = (index + skipped) % len(source)
-        record = source.read(number)
         try:
+            record = source.read(number)
             if "encoded" in record:
                 photo = decode(record["encoded"], fine, min_side=min_side, max_pixels=max_pixels)
             else:
                 photo = from_array(record["image"])
-        except SkipImage as error:
-            reason = error.reason
+        except (SkipImage, OSError) as error:  # OSError: the file went, or may not be read
+            reason = getattr(error, "reason", "unreadable")
             continue
         return _example(record, photo, number, skipped, canvas, window, max_boxes)
     raise Unusable(

@@ -107,7 +107,7 @@ def _folder(spec: Mapping[str, Any]) -> Source:
         raise ValueError("folder data: no folder given; set data.roots")
     if spec.get("annotations") and spec.get("labels"):
         raise ValueError("folder data: give annotations or labels, not both")
-    files = [path for root in roots for path in list_images(root)]
+    files = list(dict.fromkeys(path for root in roots for path in list_images(root)))
     columns: dict[str, list] = {}
     names: tuple[str, ...] = ()
     if spec.get("annotations"):
@@ -224,12 +224,13 @@ def _csv(path: str, roots: tuple[str, ...], files: list[str], where: dict[str, A
     missing = {"file", "label", *where} - set(rows[0] if rows else ())
     if missing:
         raise ValueError(f"{path}: no column {', '.join(sorted(missing))}; add it to the header")
-    rows = [row for row in rows if all(row[key] == str(value) for key, value in where.items())]
-    if not rows:
+    labels, names = _numbers(rows)  # before the choice of rows: all splits share one numbering
+    chosen = [i for i, row in enumerate(rows) if all(row[k] == str(v) for k, v in where.items())]
+    if not chosen:
         raise ValueError(f"{path}: no row with {where}; check data.split")
-    labels, names = _numbers(rows)
     bases = (os.path.dirname(path), *roots)
-    return _locate([row["file"] for row in rows], bases, files, path), {"label": labels}, names
+    found = _locate([rows[i]["file"] for i in chosen], bases, files, path)
+    return found, {"label": [labels[i] for i in chosen]}, names
 
 
 def _numbers(rows: list[dict[str, str]]) -> tuple[list[int], tuple[str, ...]]:

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from salcl_jax.data.pipeline import eval_batches
 from salcl_jax.data.sources import Source
 from salcl_jax.evaluators import features, knn, linear, localization
-from salcl_jax.guidance import make_saliency, map_regions, to_float
+from salcl_jax.guidance import branch, make_saliency, map_regions, to_float
 from salcl_jax.models.network import Network
 from salcl_jax.sharding import data_sharded, replicated, to_device
 from salcl_jax.train_step import make_eval_step, make_feature_fn
@@ -76,13 +76,9 @@ def make_maps_fn(network: Network, config: Any, mesh: Mesh) -> Callable:
     if config.saliency.source == "none":
         config.saliency.source = "activation"
     saliency = make_saliency(network, config)
-    online = config.saliency.branch == "online"
 
     def run(state: TrainState, images):
-        params, stats = state.target_params, state.target_batch_stats
-        if online:
-            params, stats = state.params, state.batch_stats
-        maps = saliency(params, stats, to_float(images))
+        maps = saliency(*branch(state, config.saliency.branch), to_float(images))
         return maps, map_regions(maps, config)
 
     jitted = _jit(run, mesh)
@@ -115,9 +111,12 @@ def _pretext(network: Network, config: Any, mesh: Mesh, source: Source) -> Evalu
     def evaluate(state: TrainState) -> dict[str, float]:
         found = []
         for batch in batches(source, config, batch_size=size, limit=PRETEXT_BATCHES * size):
-            if not batch["mask"].all() and found:
-                continue  # BatchNorm must not see the padding
-            leaves = to_device(share_of_process({k: batch[k] for k in keep}), mesh)
+            good = np.flatnonzero(batch["mask"])
+            if found and len(good) < size / 2:
+                continue  # the padded end of the set
+            # BatchNorm must not see black rows: others of the batch stand in for them.
+            rows = np.where(batch["mask"], np.arange(size), good[np.arange(size) % len(good)])
+            leaves = to_device(share_of_process({k: batch[k][rows] for k in keep}), mesh)
             found.append(jax.device_get(step(state, leaves)))
         names = ("loss", "spread")
         return {f"pretext/{n}": float(np.mean([f[n] for f in found])) for n in names}

@@ -138,7 +138,6 @@ WAYS = {
     "cover": cover,
     "contrastive_crop": contrastive_crop,
 }
-NEED_MAP = ("map_center", "cover", "contrastive_crop")
 
 
 def pair_boxes(
