@@ -169,7 +169,7 @@ def make_train_step(
             step=state.step + 1, params=params, target_params=target, opt_state=opt_state
         )
         norm = optax.tree.norm(grads)
-        finite = jnp.isfinite(norm) & jnp.isfinite(measured["loss"])
+        finite = jnp.isfinite(norm) & jnp.isfinite(measured["loss"]) & jnp.isfinite(optax.tree.norm(params))
         measured.update(
             grad_norm=norm, learning_rate=jnp.asarray(rate(state.step)), ema=rate_ema,
             skipped=jnp.sum(batch["skipped"]), finite=finite.astype(jnp.float32),

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from salcl_jax.ops import boxes as box_ops
+from salcl_jax.ops import saliency
 from salcl_jax.ops.crop import random_resized_crop_boxes
 from salcl_jax.types import Rois
 
@@ -95,7 +96,7 @@ def _all_valid(boxes: Float[Array, "b r 4"]) -> Rois:
 
 def _mass(maps: Float[Array, "b h w"], level: float) -> Float[Array, "b h w"]:
     mean = jnp.mean(maps, axis=(1, 2), keepdims=True)
-    top = jnp.max(maps, axis=(1, 2), keepdims=True)
+    top = saliency.peak(maps)
     return jax.nn.relu(maps - (mean + level * (top - mean)))
 
 
@@ -109,7 +110,7 @@ def _region(
     """Centre and side of the region around the strongest cell left, from moments of what is near it."""
     b, h, w = left.shape
     spread = jnp.full((b, 2), window)
-    peak = jnp.max(left, axis=(1, 2), keepdims=True)
+    peak = saliency.peak(left)
     relative = left / jnp.maximum(peak, EMPTY)
     attention = jax.nn.softmax(relative.reshape(b, h * w) / temperature).reshape(b, h, w)
     # Equal peaks far apart would meet in the middle: look around one of them. Where it is does not vary

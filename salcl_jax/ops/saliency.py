@@ -50,11 +50,21 @@ def normalize(maps: Float[Array, "b h w"]) -> Float[Array, "b h w"]:
     # does not depend on the magnitude, so it needs no gradient.
     magnitude = jax.lax.stop_gradient(jnp.max(jnp.abs(maps), axis=(1, 2), keepdims=True))
     maps = maps / jnp.maximum(magnitude, jnp.finfo(maps.dtype).tiny)
-    low = jnp.min(maps, axis=(1, 2), keepdims=True)
-    high = jnp.max(maps, axis=(1, 2), keepdims=True)
+    low, high = -peak(-maps), peak(maps)
     flat = high - low <= FLAT
     span = jnp.where(flat, 1.0, high - low)  # safe before the division: no NaN in the gradient
     return jnp.where(flat, jnp.ones_like(maps), (maps - low) / span)
+
+
+def peak(maps: Float[Array, "b h w"]) -> Float[Array, "b 1 1"]:
+    """Largest value of each map, whose gradient goes to one cell.
+
+    The gradient of jnp.max compares the values with the maximum. A compiler may compute the two in different
+    ways; then no cell is equal to the maximum and the gradient is 0 / 0.
+    """
+    flat = maps.reshape(maps.shape[0], -1)
+    index = jnp.argmax(flat, axis=1)
+    return jnp.take_along_axis(flat, index[:, None], axis=1)[:, :, None]
 
 
 def fuse(maps: Sequence[Float[Array, "b _ _"]], how: str = "product") -> Float[Array, "b h w"]:
