@@ -49,7 +49,7 @@ def make_saliency(network: Network, config: Config) -> Callable[..., Float[Array
     """Function (params, batch_stats, images in [0, 1] [b, s, s, 3]) -> maps in [0, 1] [b, h, w].
 
     It runs the branch whose trees it is given with running BatchNorm statistics, so the map of an image
-    does not depend on the batch it comes in (but for gradcam, which contrasts it with the others).
+    does not depend on the batch it comes in (but for gradcam and contrast, which compare it with the others).
     """
     c = config.saliency
 
@@ -64,10 +64,23 @@ def make_saliency(network: Network, config: Config) -> Callable[..., Float[Array
             features = stages["stage4"][:, 0]
             embedding = jnp.mean(features.astype(jnp.float32), axis=(1, 2))
             return saliency.normalize(saliency.similarity(features, embedding))
+        if c.source == "contrast":
+            return saliency.normalize(_contrast(network, params, stats, stages["stage4"]))
         found = [saliency.activation(stages[stage][:, 0], c.statistic) for stage in c.stages]
         return saliency.fuse([saliency.normalize(m) for m in found], c.fuse)
 
     return maps
+
+
+def _contrast(
+    network: Network, params: PyTree, stats: PyTree, features: Float[Array, "b 1 h w d"]
+) -> Float[Array, "b h w"]:
+    """Contrast of every location's projection, as if that location were the whole image."""
+    b, _, h, w, d = features.shape
+    features = features.astype(jnp.float32).reshape(b, h * w, d)
+    z, _ = network.project(params, stats, features, train=False)
+    whole, _ = network.project(params, stats, jnp.mean(features, axis=1, keepdims=True), train=False)
+    return saliency.contrast(z.reshape(b, h, w, -1), whole[:, 0])
 
 
 def _gradcam(

@@ -15,7 +15,7 @@ _ONE_OF = {
     "model.name": ("resnet18", "resnet34", "resnet50", "resnet101", "vit_s16", "vit_b16"),
     "model.stem": ("imagenet", "stride16", "cifar"),
     "model.dtype": ("bfloat16", "float32"),
-    "saliency.source": ("none", "activation", "similarity", "gradcam", "attention"),
+    "saliency.source": ("none", "activation", "similarity", "contrast", "gradcam", "attention"),
     "saliency.branch": ("target", "online"),
     "saliency.fuse": ("product", "mean"),
     "saliency.statistic": ("sum", "norm"),
@@ -122,17 +122,17 @@ def _validate_guidance(c: ConfigDict) -> None:
     if need_map:
         _need(c.saliency.source != "none", c, "saliency.source",
               "roi.source = saliency, weights.mode and the ways map_center, cover and contrastive_crop "
-              "need a map; allowed: activation, similarity, gradcam, attention")  # fmt: skip
+              "need a map; allowed: activation, similarity, contrast, gradcam, attention")  # fmt: skip
     vit = c.model.name.startswith("vit")
     _need(vit or c.saliency.source != "attention", c, "saliency.source", "needs a ViT (model.name)")
     stages = ("stage1", "stage2", "stage3", "stage4")
     _need(len(c.saliency.stages) > 0 and all(s in stages for s in c.saliency.stages), c,
           "saliency.stages", f"must be one or more of {', '.join(stages)}")  # fmt: skip
-    if c.saliency.source in ("similarity", "gradcam"):
+    if c.saliency.source in ("similarity", "contrast", "gradcam"):
         _need(tuple(c.saliency.stages) == ("stage4",), c, "saliency.stages",
               f"must be ('stage4',) for saliency.source = {c.saliency.source}")  # fmt: skip
-    _need(not (vit and c.saliency.source == "gradcam"), c, "saliency.source",
-          "gradcam pools locations, but a ViT's embedding is its class token; use attention")  # fmt: skip
+    _need(not (vit and c.saliency.source in ("contrast", "gradcam")), c, "saliency.source",
+          "projects pooled locations, but a ViT's embedding is its class token; use attention")  # fmt: skip
     stride = 16 if vit else {"imagenet": 32, "stride16": 16, "cifar": 8}[c.model.stem]
     _need(c.saliency.source == "none" or c.saliency.size >= 2 * stride, c, "saliency.size",
           f"must be at least {2 * stride}, for a map of 2 x 2 cells")  # fmt: skip

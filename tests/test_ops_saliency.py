@@ -53,6 +53,22 @@ def test_similarity_against_numpy():
     assert np.isfinite(saliency.similarity(jnp.zeros((1, 2, 2, 3)), jnp.zeros((1, 3)))).all()
 
 
+def test_contrast_against_numpy():
+    z, own = _features(), np.random.default_rng(1).normal(size=(3, 6)).astype(np.float32)
+    found = saliency.contrast(jnp.array(z), jnp.array(own))
+
+    def cosine(a, b):
+        return a @ b / np.sqrt((a @ a) * (b @ b))
+
+    for i in range(3):
+        for y in range(4):
+            for x in range(5):
+                others = np.mean([cosine(z[i, y, x], own[j]) for j in range(3)])
+                assert found[i, y, x] == pytest.approx(cosine(z[i, y, x], own[i]) - others, abs=1e-5)
+    alike = saliency.contrast(jnp.array(z), jnp.array(own[:1].repeat(3, 0)))
+    np.testing.assert_allclose(alike, 0.0, atol=1e-6)  # nothing tells images apart that are the same
+
+
 def test_gradcam_against_numpy():
     x, gradient = _features(), _features(seed=1)
     found = np.asarray(saliency.gradcam(jnp.array(x), jnp.array(gradient)))

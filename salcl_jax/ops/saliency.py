@@ -31,6 +31,18 @@ def similarity(
     return jnp.einsum("bhwd,bd->bhw", features, _unit(pooled.astype(jnp.float32)))
 
 
+def contrast(
+    projections: Float[Array, "b h w d"], embedding: Float[Array, "b d"]
+) -> Float[Array, "b h w"]:
+    """How much each location says which image of the batch this is: range [-2, 2].
+
+    Cosine of its projection with its own image's embedding, minus the mean over all images' embeddings.
+    """
+    own = _unit(embedding.astype(jnp.float32))
+    against = own - jnp.mean(own, axis=0, keepdims=True)
+    return jnp.einsum("bhwd,bd->bhw", _unit(projections.astype(jnp.float32)), against)
+
+
 def gradcam(
     features: Float[Array, "b h w d"], gradient: Float[Array, "b h w d"]
 ) -> Float[Array, "b h w"]:
