@@ -116,6 +116,18 @@ def test_impossible_dials_are_refused(dials):
         scenes.Dials(**dials)
 
 
+def test_the_default_dials_can_be_given_as_well(tmp_path, monkeypatch):
+    pytest.importorskip("tensorflow_datasets")
+    from salcl_jax.data import scenes_tfds
+
+    made = []
+    monkeypatch.setattr(scenes_tfds.SalclScenes, "is_prepared", lambda builder: made.append(builder) or True)
+    for dials in ({}, {"num_train": scenes.Dials().num_train}, {"num_train": 7}):
+        scenes_tfds.prepare(str(tmp_path), **dials)
+    names = [builder.builder_config.name for builder in made]
+    assert names[0] == names[1] != names[2]
+
+
 def test_tfds_round_trip(tmp_path):
     pytest.importorskip("tensorflow_datasets")
     from salcl_jax.data import scenes_tfds

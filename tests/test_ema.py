@@ -128,7 +128,8 @@ def test_other_seeds_steps_and_purposes_give_independent_streams():
 def test_a_step_averages_the_new_parameters_with_the_rate_of_its_own_number(monkeypatch):
     """BYOL's order: optimizer first, then the target with the rate at the steps done before."""
     config = _Fields(
-        seed=0, accumulate=1, ema=_Fields(base=0.9), guidance=_Fields(start=0.0, full=0.0),
+        seed=0, accumulate=1, loss=_Fields(name="byol"), ema=_Fields(base=0.9),
+        guidance=_Fields(start=0.0, full=0.0),
         resolved=_Fields(total_steps=4, peak_lr=0.5, final_lr=0.5, warmup_steps=0),
         optim=_Fields(name="sgd", momentum=0.0, weight_decay=0.0, decay_all=True, trust=1.0, clip_norm=0.0),
     )  # fmt: skip

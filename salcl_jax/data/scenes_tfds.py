@@ -98,6 +98,8 @@ def prepare(data_dir: str | None = None, **dials: Any) -> SalclScenes:
     if unknown:
         raise ValueError(f"scenes: unknown dial {', '.join(sorted(unknown))}")
     config = config_of(scenes.Dials(**dials))
+    if config.name in SalclScenes.builder_configs:
+        config = config.name  # tfds refuses a second config of one name, even an equal one
     folder = os.path.expanduser(data_dir) if data_dir else None
     with _quiet():
         builder = SalclScenes(config=config, data_dir=folder)
