@@ -128,7 +128,7 @@ def _truth(canvas: np.ndarray, boxes: np.ndarray) -> np.ndarray:
 
 def _heat_tile(map: np.ndarray, canvas: np.ndarray) -> np.ndarray:
     picture = Image.fromarray(heat(map, canvas))
-    text = f"{np.min(map):.2f} to {np.max(map):.2f}"
+    text = f"{np.min(map) + 5e-4:.2f} to {np.max(map):.2f}"  # no "-0.00"
     corner = (0, picture.size[1])
     _tag(ImageDraw.Draw(picture), corner, text, (30, 30, 30), picture.size)
     return np.asarray(picture)
