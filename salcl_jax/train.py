@@ -5,9 +5,8 @@
 
 import contextlib
 import os
-import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -20,6 +19,7 @@ from salcl_jax.data.sources import Source, open_source
 from salcl_jax.evaluators import HEADLINES, online
 from salcl_jax.models.network import Network, build, parameter_table
 from salcl_jax.panels import make_panel
+from salcl_jax.termination import watch_for_termination
 from salcl_jax.train_step import make_init, make_train_step
 from salcl_jax.types import HostBatch, TrainState
 from salcl_jax.validation import validate
@@ -180,7 +180,7 @@ class _Run:
         """Train to the last step; returns the summary."""
         batches = sharding.prefetch_to_device(self._host_batches(), self.mesh)
         pending = None
-        with _termination() as told, self.progress:
+        with watch_for_termination() as told, self.progress:
             if self.start == 0:
                 self.history["untrained"] = self._evaluate(0, state)
                 self._draw(0, state)
@@ -325,28 +325,3 @@ class Alarm:
         self.below = self.below + 1 if value < self.threshold else 0
         before, self.raised = self.raised, self.below >= self.patience
         return self.raised and not before
-
-
-@contextlib.contextmanager
-def _termination() -> Iterator[Callable[[], bool]]:
-    """Inside, SIGTERM and the first Ctrl-C only set a flag; a second one acts as usual.
-
-    With several processes jax's own service carries SIGTERM to all of them at one step, and Ctrl-C acts as
-    usual: one process alone cannot save.
-    """
-    told = []
-
-    def note(number, frame):
-        told.append(number)
-        signal.signal(number, before[number])
-
-    numbers = [signal.SIGINT, signal.SIGTERM] if jax.process_count() == 1 else []
-    before = {}
-    with contextlib.suppress(ValueError):  # not in the main thread: nothing to catch
-        before = {number: signal.signal(number, note) for number in numbers}
-    try:
-        yield lambda: bool(told)
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
