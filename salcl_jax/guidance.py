@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PRNGKeyArray, UInt8
 
+from salcl_jax.losses import unit
 from salcl_jax.models.network import Network
 from salcl_jax.ops import augment, roi, saliency, views
 from salcl_jax.ops.boxes import mean_inside
@@ -93,22 +94,18 @@ def _gradcam(
     stages, _ = network.encode(params, stats, x, train=False)
     mirrored, _ = network.encode(params, stats, x[:, :, :, ::-1], train=False)
     z_mirror = network.project(params, stats, mirrored["pooled"], train=False)[0][:, 0]
-    z_mirror = jax.lax.stop_gradient(_unit(z_mirror))
+    z_mirror = jax.lax.stop_gradient(unit(z_mirror))
     features = stages["stage4"][:, 0].astype(jnp.float32)
 
     def agreement(features: Float[Array, "b h w d"]) -> Float[Array, ""]:
         pooled = jnp.mean(features, axis=(1, 2))[:, None]
-        z = _unit(network.project(params, stats, pooled, train=False)[0][:, 0])
+        z = unit(network.project(params, stats, pooled, train=False)[0][:, 0])
         own = jnp.sum(z * z_mirror, axis=-1)
         others = z @ jnp.mean(z_mirror, axis=0)
         return jnp.sum(own - others)
 
     gradient = jax.lax.stop_gradient(jax.grad(agreement)(features))
     return saliency.gradcam(features, gradient)
-
-
-def _unit(x: Array) -> Array:
-    return x / jnp.sqrt(jnp.sum(jnp.square(x), axis=-1, keepdims=True) + 1e-12)
 
 
 def map_regions(maps: Float[Array, "b h w"], config: Config) -> Rois:

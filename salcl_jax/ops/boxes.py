@@ -31,11 +31,16 @@ def from_center_size(
     return jnp.concatenate([center - 0.5 * size, center + 0.5 * size], axis=-1)
 
 
-def intersection_area(a: Float[Array, "*#n 4"], b: Float[Array, "*#n 4"]) -> Float[Array, "..."]:
-    """Area of the overlap of a and b, box by box; equal ranks, axes of length 1 broadcast."""
+def intersection(a: Float[Array, "*#n 4"], b: Float[Array, "*#n 4"]) -> Float[Array, "..."]:
+    """Overlap of a and b, box by box, as boxes [..., 4]; without any, a box of area 0."""
     low = jnp.maximum(a[..., :2], b[..., :2])
     high = jnp.minimum(a[..., 2:], b[..., 2:])
-    return area(jnp.concatenate([low, high], axis=-1))
+    return jnp.concatenate([low, jnp.maximum(high, low)], axis=-1)
+
+
+def intersection_area(a: Float[Array, "*#n 4"], b: Float[Array, "*#n 4"]) -> Float[Array, "..."]:
+    """Area of the overlap of a and b, box by box; equal ranks, axes of length 1 broadcast."""
+    return area(intersection(a, b))
 
 
 def iou(a: Float[Array, "*#n 4"], b: Float[Array, "*#n 4"]) -> Float[Array, "..."]:

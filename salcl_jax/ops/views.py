@@ -110,10 +110,7 @@ def cover(key: PRNGKeyArray, random: Pair, scene: Scene, shape: Shape) -> tuple:
     b, tries = box.shape[0], shape.cover_tries
     windows = random_resized_crop_boxes(k_tries, scene.aspect, 2 * tries, shape.area, shape.ratio)
     region = jnp.broadcast_to(box[:, None, :], windows.shape)
-    common = jnp.concatenate(
-        [jnp.maximum(windows[..., :2], region[..., :2]), jnp.minimum(windows[..., 2:], region[..., 2:])], -1
-    )
-    common = jnp.concatenate([common[..., :2], jnp.maximum(common[..., 2:], common[..., :2])], -1)
+    common = box_ops.intersection(windows, region)
     share = _mass_inside(scene.maps, common) / jnp.maximum(_mass_inside(scene.maps, region), 1e-6)
     share = jax.lax.stop_gradient(share).reshape(b, 2, tries)
     enough = share >= shape.cover_share
