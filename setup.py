@@ -21,6 +21,8 @@ REQUIRED = [
     "importlib-resources>=6.4,<8",  # tensorflow-datasets imports it undeclared on Python 3.11
     "tensorboardX>=2.6.2,<3",  # TensorBoard files without TensorFlow
     "tqdm>=4.66,<5",  # progress bar
+    "scikit-learn>=1.5,<2",  # linear SVMs of the VOC07 protocol; reference of the tests
+    "matplotlib>=3.9,<4",  # plots of the evaluation
     "etils[epath]>=1.9,<2",  # paths on buckets; orbax needs it
 ]
 EXTRAS = {
@@ -32,7 +34,6 @@ EXTRAS = {
         "pytest-xdist>=3.6,<4",  # two processes at a time
         "beartype>=0.19,<0.24",  # checks the shape annotations under test
         "hypothesis>=6.100,<7",  # properties of boxes and windows
-        "scikit-learn>=1.5,<2",  # reference for k-NN and the linear probe
         "scipy>=1.14,<2",  # reference for the blur
         "tensorboard>=2.18,<2.22",  # reads the event files back
         "ruff>=0.9,<1",  # lint

@@ -28,11 +28,24 @@ def get_config(variant: str = "") -> lib.ConfigDict:
     c.eval.probe_train = lib.source("scenes", split="train")
     c.eval.probe_test = lib.source("scenes", split="validation")
     c.eval.probe_on = "object"
+    c.tasks.summary = ("linear", "knn", "voc_svm", "multilabel", "localization", "segmentation")
+    c.tasks.classify.on = "object"
+    c.tasks.voc_svm.shots = (1, 4, 16)
+    c.tasks.segmentation.classes = 11
+    for task in ("classify", "voc_svm", "multilabel", "segmentation"):
+        c.tasks[task].train = lib.source("scenes", split="train")
+        c.tasks[task].test = lib.source("scenes", split="validation")
+    c.tasks.semi.train = lib.source("scenes", split="train")
+    c.tasks.semi.train.scenes.num_train = 200
+    c.tasks.localization.test = lib.source("scenes", split="validation")
     return lib.apply_variants(c, variant, {"smoke": _smoke, "byol": lib.plain_byol})
 
 
 def _smoke(c: lib.ConfigDict) -> None:
     lib.few_steps(c)
-    for source in (c.data.train, c.eval.pretext, c.eval.localization, c.eval.probe_train, c.eval.probe_test):
-        source.scenes.num_train = 64
-        source.scenes.num_val = 32
+    c.tasks.limit = 32
+    evaluation = [part for task in c.tasks.values() if hasattr(task, "values") for part in task.values()]
+    for source in (c.data.train, *c.eval.values(), *evaluation):
+        if hasattr(source, "scenes"):
+            source.scenes.num_train = 64
+            source.scenes.num_val = 32

@@ -10,7 +10,8 @@ import gc
 import json
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 import numpy as np
@@ -191,26 +192,45 @@ def load_params(path: str, abstract_state: TrainState | None = None) -> dict:
     FileNotFoundError when there is no checkpoint, Mismatch and ValueError as in
     `Checkpointer.restore`.
     """
+    return load_networks(path, abstract_state)[0]
+
+
+def load_networks(path: str, abstract_state: TrainState | None = None) -> tuple[dict, int]:
+    """As `load_params`, with the step that was read."""
+    return _newest(path, lambda step_dir: _read_networks(step_dir, abstract_state))
+
+
+def load_extra(path: str) -> dict:
+    """What was saved beside the state of another run, from its newest readable checkpoint."""
+    return _newest(path, lambda step_dir: _read_record(step_dir)[1])[0]
+
+
+def _newest(path: str, read: Callable[[epath.Path], Any]) -> tuple[Any, int]:
+    """(what `read` gives, step) of the newest readable checkpoint."""
     _quieten()
     root = _absolute(path)
     failures: list[tuple[int, str]] = []
     for step_dir in _step_dirs(root):
         with _quiet_failures():
             try:
-                trees = _read_networks(step_dir, abstract_state)
+                found = read(step_dir)
             except Mismatch:
                 raise
             except Exception as error:  # as in Checkpointer._try_read
                 failures.append((int(step_dir.name), _one_line(error)))
                 continue
         _warn_passed_over(step_dir.parent, failures, int(step_dir.name))
-        return trees
+        return found, int(step_dir.name)
     _raise_if_unreadable(root, failures)
     raise FileNotFoundError(f"no checkpoint in {root}: give a workdir or its checkpoints folder")
 
 
+def _read_record(step_dir: epath.Path) -> tuple[dict, dict]:
+    return record.unseal(json.loads((step_dir / "extra" / "metadata").read_text()))
+
+
 def _read_networks(step_dir: epath.Path, abstract_state: TrainState | None) -> dict:
-    leaves, _ = record.unseal(json.loads((step_dir / "extra" / "metadata").read_text()))
+    leaves, _ = _read_record(step_dir)
     leaves = {k: v for k, v in leaves.items() if k.split(".")[0] in MODEL_FIELDS}
     if abstract_state is not None:
         others = {f: None for f in abstract_state._fields if f not in MODEL_FIELDS}

@@ -10,39 +10,14 @@ from collections.abc import Callable, Mapping
 
 import ml_collections
 
+from salcl_jax.config_source import source
+from salcl_jax.config_tasks import small_tasks, tasks
+
 ConfigDict = ml_collections.ConfigDict
 
 
 class ConfigError(ValueError):
     """A configuration that cannot run; the message is one line for the user."""
-
-
-def source(kind: str = "none", **fields) -> ConfigDict:
-    """Where images come from; used for training and for each evaluation set."""
-    c = ConfigDict()
-    c.kind = kind  # tfds | folder | arrays | scenes | none
-    c.name = ""  # tfds: data set, e.g. coco/2017
-    c.split = ""  # tfds, scenes: '' is train; folder: rows of the `labels` file with this split, '' is all
-    c.data_dir = ""  # tfds, scenes: where data sets are kept; '' is that of data.train, or the tfds default
-    c.roots = ()  # folder: one or several folders, searched recursively
-    c.annotations = ""  # folder: COCO-style JSON with boxes; restricts the photos to those it lists
-    c.labels = ""  # folder: CSV with columns file, label[, split]
-    c.label_from_folder = False  # folder: the parent folder's name is the class
-    c.path = ""  # arrays: .npz, or a folder of .npy files, with `image` and optional label, boxes, classes
-    c.expected = 0  # number of images that must be found; 0 does not check
-    c.scenes = ConfigDict()  # scenes: the dials of the built-in scenes
-    c.scenes.size = 96  # side in pixels
-    c.scenes.num_classes = 10  # of at most 16
-    c.scenes.objects = (1, 4)  # fewest and most objects of an image
-    c.scenes.object_size = (0.25, 0.5)  # side of an object, in image sides
-    c.scenes.repeat = 0.5  # probability that a further object is of the first one's class
-    c.scenes.clutter = 0.5  # 0 none .. 1 heavy: objects of no class, specks and strokes
-    c.scenes.num_train = 2000  # images of the train split
-    c.scenes.num_val = 500  # images of the validation split
-    c.scenes.seed = 0  # the same seed and dials give the same images
-    for name, value in fields.items():
-        c[name] = value
-    return c
 
 
 def base() -> ConfigDict:
@@ -174,6 +149,10 @@ def base() -> ConfigDict:
     c.eval.knn = (20, 10, 100, 200)  # k; the first is the headline
     c.eval.linear = True  # also a linear probe (logistic regression on frozen features)
 
+    c.eval.tasks = ()  # tasks of `tasks` that also run then, e.g. ("multilabel",)
+
+    c.tasks = tasks()  # protocols of `python -m salcl_jax.evaluate`, see config_tasks.py
+
     c.collapse = ConfigDict()  # alarm
     c.collapse.threshold = 0.2  # of the projections' spread: 1 isotropic, 0 all alike
     c.collapse.patience = 50  # steps in a row below it that raise the alarm
@@ -256,6 +235,7 @@ def small(c: ConfigDict) -> None:
     c.eval.every = 0.25
     c.eval.batch_size = 64
     c.checkpoint.every = 0.1
+    small_tasks(c.tasks)
 
 
 def few_steps(c: ConfigDict) -> None:
@@ -302,9 +282,10 @@ def finish(c: ConfigDict, *, devices: int, images: int) -> ConfigDict:
 
 
 # Fields that may change between a run and its continuation: they do not decide what is learnt.
-_PASSIVE = ("eval", "log", "checkpoint", "collapse", "distributed", "data.workers", "data.prefetch",
+_PASSIVE = ("eval", "tasks", "log", "checkpoint", "collapse", "distributed", "data.workers", "data.prefetch",
             "data.max_skipped", "data.train.data_dir", "data.train.roots", "data.train.path",
-            "data.train.annotations", "data.train.labels", "resolved.devices", "resolved.eval_every",
+            "data.train.annotations", "data.train.labels", "data.train.list", "data.train.where",
+            "data.train.masks", "data.train.regions", "resolved.devices", "resolved.eval_every",
             "resolved.panels_every", "resolved.checkpoint_every", "resolved.keep_every")  # fmt: skip
 
 
@@ -316,6 +297,18 @@ def learnt_fields(c: ConfigDict) -> dict:
     flat = _flatten(c.to_dict())
     kept = {n: v for n, v in flat.items() if not any(n == p or n.startswith(p + ".") for p in _PASSIVE)}
     return json.loads(json.dumps(kept, sort_keys=True))
+
+
+def recall(c: ConfigDict, fields: Mapping, sections: tuple[str, ...], keep: Mapping = {}) -> None:
+    """Set the fields of `sections` to those recorded by `learnt_fields`, but for the names in `keep`."""
+    known = _flatten(c.to_dict())
+    for name, value in fields.items():
+        if name in known and name not in keep and name.split(".")[0] in sections:
+            c.update_from_flattened_dict({name: _tuples(value)})
+
+
+def _tuples(value):
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value
 
 
 def differences(old: Mapping, new: Mapping) -> list[str]:

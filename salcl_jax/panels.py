@@ -6,9 +6,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from salcl_jax import sharding
+from salcl_jax import frozen, sharding
 from salcl_jax.data.sources import Source
-from salcl_jax.evaluators import online
 from salcl_jax.guidance import make_crops
 from salcl_jax.models.network import Network
 from salcl_jax.rng import key_for
@@ -22,10 +21,10 @@ def make_panel(
     """Function state -> picture of the same few images, with full guidance and fixed draws."""
     source = sources.get("localization", sources["pretext"])
     count = min(config.log.panel_images, len(source))
-    size = online.divisible(count, mesh)
-    batch = next(iter(online.batches(source, config, batch_size=size, limit=count)))
+    size = frozen.divisible(count, mesh)
+    batch = next(iter(frozen.batches(source, config, batch_size=size, limit=count)))
     draw = make_crops(network, config)
-    maps_fn = online.make_maps_fn(network, config, mesh)
+    maps_fn = frozen.make_maps_fn(network, config, mesh)
     names = [n for n in ("image", "aspect", "boxes") if n in batch]
     if config.roi.source == "ground_truth" and "boxes" not in batch:
         raise ValueError(f"config.roi.source = 'ground_truth': {source.name} has no boxes to draw")
@@ -36,7 +35,7 @@ def make_panel(
     jitted = jax.jit(crops, out_shardings=sharding.replicated(mesh))
 
     def draw_panel(state: TrainState) -> np.ndarray:
-        leaves = sharding.to_device(online.share_of_process({n: batch[n] for n in names}), mesh)
+        leaves = sharding.to_device(frozen.share_of_process({n: batch[n] for n in names}), mesh)
         found = jax.device_get(jitted(state, leaves))
         maps, rois = maps_fn(state, batch["image"])
         rois = found.rois or rois

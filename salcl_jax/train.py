@@ -17,6 +17,7 @@ from salcl_jax import config as config_lib
 from salcl_jax.data.pipeline import train_batches
 from salcl_jax.data.sources import Source, open_source
 from salcl_jax.evaluators import HEADLINES, online
+from salcl_jax.feature_cache import user_folder
 from salcl_jax.models.network import Network, build, parameter_table
 from salcl_jax.panels import make_panel
 from salcl_jax.termination import watch_for_termination
@@ -55,7 +56,7 @@ def train(config: Any, workdir: str) -> dict:
     config = config_lib.finish(config, devices=mesh.size, images=len(sources["train"]))
     network = build(**config.model)
     main = jax.process_index() == 0
-    jax.config.update("jax_compilation_cache_dir", _cache_dir())
+    use_compilation_cache()
     with _checkpointer(config, workdir) as saved:
         with _user_errors():
             state, history, start = _restore_or_init(config, network, mesh, saved)
@@ -145,10 +146,10 @@ def _checkpointer(config: Any, workdir: str) -> checkpoint.Checkpointer:
     )  # fmt: skip
 
 
-def _cache_dir() -> str:
-    return os.environ.get("JAX_COMPILATION_CACHE_DIR") or os.path.join(
-        os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "salcl_jax", "compiled"
-    )
+def use_compilation_cache() -> None:
+    """Keep compiled programs between runs, where JAX_COMPILATION_CACHE_DIR or the user's cache says."""
+    place = os.environ.get("JAX_COMPILATION_CACHE_DIR") or user_folder("compiled")
+    jax.config.update("jax_compilation_cache_dir", place)
 
 
 def _describe(config: Any, state: TrainState) -> str:

@@ -6,7 +6,7 @@ a batch sharded over a mesh it computes the same numbers.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,10 +14,9 @@ import optax
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from salcl_jax import ema, losses, metrics, optim
-from salcl_jax.guidance import Config, Crops, branch, make_crops, to_float
+from salcl_jax.guidance import Config, Crops, make_crops
 from salcl_jax.models.network import Network, forward_online, forward_target
 from salcl_jax.ops.augment import normalize
-from salcl_jax.ops.crop import crop_and_resize
 from salcl_jax.rng import key_for
 from salcl_jax.types import Batch, Metrics, PyTree, TrainState
 
@@ -200,19 +199,3 @@ def make_eval_step(network: Network, config: Config) -> Callable[[TrainState, Ba
         return measured
 
     return eval_step
-
-
-def make_feature_fn(network: Network, config: Config) -> Callable[..., Float[Array, "b m d"]]:
-    """Function (state, images uint8 [b, s, s, 3], boxes [b, m, 4]) -> pooled features of those crops."""
-
-    def features(state: TrainState, images: Any, boxes: Float[Array, "b m 4"]) -> Array:
-        params, stats = branch(state, config.eval.branch)
-
-        def of_box(box: Float[Array, "b 4"]) -> Float[Array, "b d"]:
-            crops = normalize(crop_and_resize(to_float(images), box[:, None], config.eval.size))
-            return network.encode(params, stats, crops, train=False)[0]["pooled"][:, 0]
-
-        # Box after box: the memory of one crop an image, however many boxes there are.
-        return jnp.moveaxis(jax.lax.map(of_box, jnp.moveaxis(boxes, 1, 0)), 0, 1)
-
-    return features

@@ -6,12 +6,11 @@ Each refusal is a `ConfigError` of one line that names the field, its value and 
 import math
 
 from salcl_jax.config import ConfigDict, ConfigError
+from salcl_jax.evaluators import TASKS
 
 _KINDS = ("tfds", "folder", "arrays", "scenes")
 _EVAL_SOURCES = ("pretext", "localization", "probe_train", "probe_test")
 _ONE_OF = {
-    "data.train.kind": _KINDS,
-    **{f"eval.{name}.kind": (*_KINDS, "none") for name in _EVAL_SOURCES},
     "model.name": ("resnet18", "resnet34", "resnet50", "resnet101", "vit_s16", "vit_b16"),
     "model.stem": ("imagenet", "stride16", "cifar"),
     "model.dtype": ("bfloat16", "float32"),
@@ -28,7 +27,21 @@ _ONE_OF = {
     "optim.name": ("sgd", "lars", "adamw"),
     "eval.branch": ("online", "target"),
     "eval.probe_on": ("image", "object"),
+    "tasks.view": ("center", "whole"),
+    "tasks.classify.on": ("image", "object"),
+    "tasks.linear.protocol": ("sgd", "orl", "orl_places205", "orl_inat18", "lbfgs"),
+    "tasks.linear.optimizer": ("sgd", "lars"),
+    "tasks.semi.choose": ("held_out", "test"),
 }
+_LEVELS = ("pooled", "conv1", "stage1", "stage2", "stage3", "stage4")
+# Lists of which every element must be one of these, or at least this; they may not be empty, but for *.
+_EACH = {
+    "eval.tasks*": tuple(TASKS), "tasks.summary": tuple(TASKS), "tasks.baselines*": ("untrained", "pixels"),
+    "tasks.linear.levels": _LEVELS, "tasks.voc_svm.levels": _LEVELS, "tasks.segmentation.stages": _LEVELS[2:],
+    "tasks.knn.k": 1, "tasks.voc_svm.shots*": 1, "tasks.linear.rates": 1e-8, "tasks.semi.rates": 1e-8,
+    "tasks.semi.multipliers": 1e-8, "tasks.segmentation.rates": 1e-8, "tasks.linear.l2": 0,
+    "tasks.multilabel.l2": 0, "tasks.semi.milestones*": 1,
+}  # fmt: skip
 _AT_LEAST = {
     "batch_size": 2, "accumulate": 1, "total_epochs": 0, "total_steps": 0, "data.canvas": 16,
     "data.max_boxes": 1, "data.workers": 1, "data.prefetch": 1, "model.width": 1, "crops.size": 16,
@@ -39,7 +52,13 @@ _AT_LEAST = {
     "local.weight": 0, "pairs.beta": 0.01, "log.panel_images": 1, "roi.count": 1, "eval.size": 16,
     "model.projector_hidden": 1, "model.projector_out": 1, "model.predictor_hidden": 1,
     "optim.final_lr": 0, "optim.clip_norm": 0, "optim.trust": 1e-6, "pairs.jitter_shift": 0,
-    "data.min_side": 0, "data.max_pixels": 0, "eval.limit": 0,
+    "data.min_side": 0, "data.max_pixels": 0, "eval.limit": 0, "tasks.pixels": 2, "tasks.max_boxes": 1,
+    "tasks.limit": 0,
+    "tasks.jobs": -1, "tasks.knn.temperature": 1e-3, "tasks.knn.bank_rows": 1, "tasks.linear.epochs": 1,
+    "tasks.linear.batch_size": 2, "tasks.linear.weight_decay": 0, "tasks.semi.weight_decay": 0,
+    "tasks.semi.epochs": 1, "tasks.semi.batch_size": 2, "tasks.voc_svm.samples": 1,
+    "tasks.localization.gallery": 0, "tasks.segmentation.classes": 2, "tasks.segmentation.size": 16,
+    "tasks.segmentation.epochs": 1, "tasks.segmentation.batch_size": 1,
 }  # fmt: skip
 _SHARES = (
     "data.max_skipped", "guidance.start", "guidance.full", "optim.warmup", "ema.base", "eval.every",
@@ -70,6 +89,18 @@ def validate(c: ConfigDict, devices: int = 1) -> None:
     _validate_augmentation(c)
     _validate_guidance(c)
     _validate_sources(c)
+    _validate_tasks(c)
+
+
+def validate_task(c: ConfigDict, task: str) -> None:
+    """Raise `ConfigError` where the photos that a task needs are not named."""
+    for part in TASKS[task]:
+        _validate_source(c, f"tasks.{part}", (*_KINDS,))
+    if task == "segmentation":
+        for part in TASKS[task]:
+            found = _get(c, f"tasks.{part}")
+            _need(found.kind != "folder" or bool(found.masks), c, f"tasks.{part}.masks",
+                  "must name the folder of PNG masks with the photos' names")  # fmt: skip
 
 
 def _validate_length(c: ConfigDict, devices: int) -> None:
@@ -148,17 +179,40 @@ def _validate_guidance(c: ConfigDict) -> None:
               "image needs local.count > 0: both pairs of two crops weigh the same")  # fmt: skip
 
 
+def _validate_source(c: ConfigDict, name: str, kinds: tuple) -> None:
+    found = _get(c, name)
+    _need(found.kind in kinds, c, f"{name}.kind", f"allowed: {', '.join(kinds)}")
+    needed = {"tfds": "name", "folder": "roots", "arrays": "path"}.get(found.kind)
+    _need(needed is None or bool(found[needed]), c, f"{name}.{needed}",
+          f"must be given for {name}.kind = {found.kind}")  # fmt: skip
+    _need(found.expected >= 0, c, f"{name}.expected", "must be at least 0")
+
+
 def _validate_sources(c: ConfigDict) -> None:
-    for name in ("data.train", *(f"eval.{part}" for part in _EVAL_SOURCES)):
-        found = _get(c, name)
-        needed = {"tfds": "name", "folder": "roots", "arrays": "path"}.get(found.kind)
-        _need(needed is None or bool(found[needed]), c, f"{name}.{needed}",
-              f"must be given for {name}.kind = {found.kind}")  # fmt: skip
-        _need(found.expected >= 0, c, f"{name}.expected", "must be at least 0")
+    _validate_source(c, "data.train", _KINDS)
+    for part in _EVAL_SOURCES:
+        _validate_source(c, f"eval.{part}", (*_KINDS, "none"))
     both = c.eval.probe_train.kind != "none", c.eval.probe_test.kind != "none"
     _need(both[0] == both[1], c, "eval.probe_test.kind", "probe_train and probe_test go together")
     ks = c.eval.knn
     _need(len(ks) > 0 and _numbers(ks) and min(ks) >= 1, c, "eval.knn", "must be numbers above 0")
+
+
+def _validate_tasks(c: ConfigDict) -> None:
+    for name, allowed in _EACH.items():
+        values = _get(c, name.rstrip("*"))
+        _need(len(values) > 0 or name.endswith("*"), c, name.rstrip("*"), "must not be empty")
+        if isinstance(allowed, tuple):
+            good, text = all(value in allowed for value in values), f"each one of {', '.join(allowed)}"
+        else:
+            good = _numbers(values) and all(value >= allowed for value in values)
+            text = f"each must be at least {allowed:g}"
+        _need(good, c, name.rstrip("*"), text)
+    for name in c.eval.tasks:
+        validate_task(c, name)
+    vit = c.model.name.startswith("vit")
+    for name in ("tasks.linear.levels", "tasks.voc_svm.levels"):
+        _need(not vit or "conv1" not in _get(c, name), c, name, "a ViT has no conv1")
 
 
 def _numbers(values: tuple) -> bool:

@@ -109,6 +109,28 @@ def panel(
     return _sheet(titles, rows, tile)
 
 
+def columns(
+    images: np.ndarray,
+    maps: np.ndarray,
+    rois: Rois,
+    gt_boxes: np.ndarray,
+    titles: Sequence[str],
+    *,
+    tile: int = 144,
+) -> np.ndarray:
+    """A column an image: its title, the canvas with ground truth, the heat map, the valid regions.
+
+    images uint8 [n, s, s, 3], maps [n, h, w], rois of [n, r], gt_boxes [n, k, 4] (zero rows =
+    padding), titles [n]. Drawn as in `panel`. Returns uint8 [H, W, 3].
+    """
+    pictures = []
+    for i, image in enumerate(images):
+        canvas = _resize(image, tile)
+        regions = _region_tile(canvas, *(np.asarray(x)[i] for x in rois))
+        pictures.append((_truth(canvas, gt_boxes[i]), _heat_tile(maps[i], canvas), regions))
+    return _sheet(list(titles), [list(row) for row in zip(*pictures, strict=True)], tile)
+
+
 def save_png(path: str | os.PathLike, array: np.ndarray) -> None:
     """Write uint8 [H, W, 3] so that a reader never meets half a file; makes missing folders."""
     path = Path(path)

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any, SupportsFloat
@@ -82,7 +82,7 @@ class Writer:
 
     def config(self, values: Mapping[str, Any]) -> None:
         """Write config.json: {"config": values, "versions": {...}, "git": commit or null}."""
-        self._json("config.json", {"config": values, "versions": _versions(), "git": _git_commit()})
+        self._json("config.json", {"config": values, "versions": versions(), "git": _git_commit()})
 
     def close(self) -> None:
         """Flush everything."""
@@ -180,7 +180,8 @@ def _plain(value: Any) -> Any:
     return str(value)
 
 
-def _versions() -> dict[str, str | None]:
+def versions() -> dict[str, str | None]:
+    """Versions of Python and of the packages that decide results; None where one is missing."""
     versions: dict[str, str | None] = {"python": platform.python_version()}
     for name in _PACKAGES:
         try:
@@ -213,6 +214,25 @@ def _tensorboard(folder: epath.Path, resume_step: int) -> Any:
     return SummaryWriter(
         str(folder), purge_step=resume_step + 1, filename_suffix=f".{time.time_ns()}"
     )
+
+
+def watch(batches: Iterable, total: int, label: str) -> Iterator:
+    """The same batches, with a bar on the terminal; where stderr is none, a line when they are done."""
+    began = time.monotonic()
+    if sys.stderr.isatty() and (tqdm := _tqdm()):
+        yield from tqdm(batches, total=total, desc=label, unit="batch", leave=False, dynamic_ncols=True)
+    else:
+        yield from batches
+        print(f"{label}: {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
+
+
+def _tqdm() -> Any:
+    """tqdm's bar; None if not installed."""
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        return None
+    return tqdm
 
 
 class Progress:
@@ -290,11 +310,8 @@ class Progress:
             self._bar.close()
 
     def _make_bar(self) -> Any:
-        try:
-            from tqdm import tqdm
-        except ImportError:
-            return None
-        return tqdm(
+        tqdm = _tqdm()
+        return tqdm and tqdm(
             total=self._total, initial=self._start, file=self._stream, dynamic_ncols=True,
             bar_format="{percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt} left {remaining} {postfix}",
         )  # fmt: skip

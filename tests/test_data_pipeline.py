@@ -82,27 +82,6 @@ def test_windows_have_the_drawn_area_and_the_aspect_of_the_photo():
     assert p.draw_window(9, 0, (1.0, 1.0)) == (0.0, 0.0, 1.0, 1.0)
 
 
-def test_boxes_follow_the_window():
-    boxes = np.array(
-        [
-            [0.5, 0.5, 0.75, 0.75],  # the middle of the window
-            [0.0, 0.0, 0.3, 0.3],  # a corner of 1/9 of it inside: dropped
-            [0.25, 0.1, 0.75, 0.4],  # its right half inside
-            [0.8, 0.8, 0.9, 0.9],  # outside
-            [0.5, 0.5, 0.5, 0.6],  # no area
-        ],
-        np.float32,
-    )
-    window = (0.2, 0.25, 0.8, 0.85)
-    got, classes = p.window_boxes(boxes, np.arange(5), window, 4)
-    want = [[0.3 / 0.6, 0.25 / 0.6, 0.55 / 0.6, 0.5 / 0.6], [0.05 / 0.6, 0, 0.55 / 0.6, 0.25]]
-    np.testing.assert_allclose(got[:2], want, atol=1e-6)
-    assert classes.tolist() == [0, 2, -1, -1] and not got[2:].any()
-    largest, classes = p.window_boxes(boxes, np.arange(5), window, 1)
-    assert classes.tolist() == [2]  # 0.5 * 0.15 > 0.25 * 0.25
-    np.testing.assert_allclose(largest, want[1:], atol=1e-6)
-
-
 def test_a_window_shows_that_part_of_the_photo():
     source = make(8)
     left = p.load(source, 3, canvas=16, window=(0.0, 0.0, 0.5, 0.5), max_boxes=2)

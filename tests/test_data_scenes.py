@@ -144,6 +144,10 @@ def test_tfds_round_trip(tmp_path):
         np.testing.assert_array_equal(record["boxes"], scene["boxes"])
         np.testing.assert_array_equal(record["classes"], scene["classes"])
         assert record["label"] == scene["classes"][scene["masks"].sum((1, 2)).argmax()]
+        numbers = np.asarray(Image.open(io.BytesIO(record["mask"])))
+        for number, mask in enumerate(scene["masks"], 1):
+            np.testing.assert_array_equal(numbers == number, mask)
+        assert ((numbers == 0) == ~scene["masks"].any(0)).all()
     builder = scenes_tfds.prepare(str(tmp_path), **dials)
     row = next(iter(builder.as_dataset(split="validation").as_numpy_iterator()))
     scene = plain.render(plain.split("validation")[0])
@@ -164,4 +168,9 @@ def test_scenes_are_rendered_where_tfds_is_not_installed(monkeypatch):
     source = sources.open_source({"kind": "scenes", "split": "validation", "scenes": dials})
     first = scenes.Dials().split("validation")[0]
     assert len(source) == 2
-    np.testing.assert_array_equal(source.read(1)["image"], scenes.render(0, first + 1)["image"])
+    record, scene = source.read(1), scenes.render(0, first + 1)
+    np.testing.assert_array_equal(record["image"], scene["image"])
+    assert record["mask"].dtype == np.uint8 and source.has_masks
+    assert record["mask"].max() == len(scene["masks"]) == len(record["difficult"])
+    for number, mask in enumerate(scene["masks"], 1):
+        np.testing.assert_array_equal(record["mask"] == number, mask)

@@ -77,13 +77,13 @@ def test_labels_from_csv_and_from_folder_names(tmp_path):
     assert [whole.read(i)["label"] for i in range(3)] == [1, 0, 1] and len(whole) == 3
     assert whole.class_names == ("tiger", "hound") and whole.has_labels
     assert len(sources.open_source(listed | {"split": "train"})) == 2
-    fold = sources.open_source(listed | {"split": "train", "where": {"fold": 1}})
+    fold = sources.open_source(listed | {"split": "train", "where": "fold=1"})
     want = (tmp_path / "photos/dog/2.png").read_bytes()
     assert len(fold) == 1 and fold.read(0)["encoded"] == want
     with pytest.raises(ValueError, match="no row with"):
         sources.open_source(listed | {"split": "test"})
     with pytest.raises(ValueError, match="no column nope"):
-        sources.open_source(listed | {"where": {"nope": 1}})
+        sources.open_source(listed | {"where": "nope=1"})
     (tmp_path / "photos/dog/2.png").unlink()
     with pytest.raises(ValueError, match=r"dog/2.png is not below"):
         sources.open_source(listed)

@@ -1,10 +1,14 @@
-"""k-NN against scikit-learn and brute force; features keep every labelled example exactly once."""
+"""k-NN against scikit-learn and brute force, on one device and on several."""
 
+import re
+
+import jax
 import numpy as np
 import pytest
 from sklearn.neighbors import KNeighborsClassifier
 
-from salcl_jax.evaluators import features, knn
+from salcl_jax.evaluators import knn
+from salcl_jax.sharding import make_mesh
 
 
 def data(n, m, d=6, classes=4, seed=0):
@@ -113,59 +117,95 @@ def test_knn_refuses_bad_input():
             knn.evaluate(*arguments, **options)
 
 
-def box_and_sum(images, boxes):
-    """Stand-in for an encoder: the box itself and the sum of the image's pixels."""
-    total = images.reshape(len(images), 1, -1).sum(-1, keepdims=True, dtype=np.float32)
-    return np.concatenate([boxes, np.repeat(total, boxes.shape[1], 1)], -1)
+def ranked(bank, queries, k, leave_out=False):
+    """Cosines and rows of the nearest by a stable sort of all of them."""
+    a, b = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (bank, queries))
+    cosine = b @ a.T
+    if leave_out:
+        np.fill_diagonal(cosine, -2.0)
+    rows = np.argsort(-cosine, axis=1, kind="stable")[:, :k]
+    return np.take_along_axis(cosine, rows, axis=1), rows
 
 
-def scene_batches():
-    image = np.arange(4, dtype=np.uint8).reshape(4, 1, 1, 1) * np.ones((1, 2, 2, 3), np.uint8)
-    boxes = np.zeros((4, 2, 4), np.float32)
-    boxes[:, 0] = (0.25, 0.5, 0.75, 0.75)
-    boxes[1, 1] = (0.0, 0.0, 1.0, 0.5)
-    batch = {
-        "image": image, "boxes": boxes,
-        "classes": np.array([[5, -1], [6, 7], [-1, -1], [8, 9]], np.int32),  # 9: no area
-        "label": np.array([3, -1, 1, 2], np.int32),
-        "mask": np.array([True, True, True, False]),
-    }
-    return [batch, {**batch, "image": image + 10, "mask": np.ones(4, bool)}]
+def signs(n, seed):
+    """Vectors of +-1: unit vectors and cosines are exact in floating point, and many are equal."""
+    return np.random.default_rng(seed).choice(np.float32([-1, 1]), (n, 4))
 
 
-def test_features_of_images():
-    values, labels = features.extract(box_and_sum, iter(scene_batches()), on="image")
-    assert values.dtype == np.float32 and labels.dtype == np.int32
-    np.testing.assert_array_equal(labels, [3, 1, 3, 1, 2])
-    np.testing.assert_array_equal(values[:, :4], np.tile([0, 0, 1, 1], (5, 1)))
-    np.testing.assert_array_equal(values[:, 4], np.array([0, 2, 10, 12, 13]) * 12)
+@pytest.mark.parametrize("devices", [1, 3, 8])
+@pytest.mark.parametrize(
+    ("n", "m", "k", "bank_rows", "chunk"),
+    [
+        (101, 13, 7, 1000, 5),  # one slice, odd sizes
+        (101, 13, 7, 32, 256),  # several slices, the last one padded
+        (101, 3, 60, 9, 2),  # slices (and devices' shares) smaller than k
+        (10, 4, 10, 1, 4),  # as few rows at once as there are devices; all rows are neighbours
+    ],
+)
+def test_slices_and_devices_give_brute_force(devices, n, m, k, bank_rows, chunk):
+    rng = np.random.default_rng(n + m + k)
+    bank, queries = (rng.normal(size=(size, 9)).astype(np.float32) for size in (n, m))
+    mesh = make_mesh(jax.devices()[:devices])
+    cosine, rows = knn.nearest(bank, queries, k, chunk=chunk, mesh=mesh, bank_rows=bank_rows)
+    expected_cosine, expected_rows = ranked(bank, queries, k)
+    np.testing.assert_array_equal(rows, expected_rows)
+    np.testing.assert_allclose(cosine, expected_cosine, atol=1e-6)
 
 
-def test_features_of_objects():
-    values, labels = features.extract(box_and_sum, scene_batches(), on="object")
-    np.testing.assert_array_equal(labels, [5, 6, 7, 5, 6, 7, 8])
-    np.testing.assert_array_equal(values[:, 4], np.array([0, 1, 1, 10, 11, 11, 13]) * 12)
-    # Sides 0.5 and 0.25 grow by 0.1 and 0.05 at each end; the second box is clipped on three sides.
-    np.testing.assert_allclose(values[0, :4], (0.15, 0.45, 0.85, 0.8), atol=1e-6)
-    np.testing.assert_allclose(values[2, :4], (0.0, 0.0, 1.0, 0.6), atol=1e-6)
+@pytest.mark.parametrize("leave_one_out", [False, True])
+@pytest.mark.parametrize(("devices", "bank_rows"), [(1, 1000), (1, 20), (8, 1000), (8, 20)])
+def test_of_equals_the_lower_row_comes_first(devices, bank_rows, leave_one_out):
+    bank = signs(77, seed=1)
+    queries = bank if leave_one_out else signs(9, seed=2)
+    mesh = make_mesh(jax.devices()[:devices])
+    found = knn.nearest(bank, queries, 30, leave_one_out=leave_one_out, mesh=mesh, bank_rows=bank_rows)
+    for ours, theirs in zip(found, ranked(bank, queries, 30, leave_one_out), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
 
 
-def test_padding_boxes_are_never_empty():
-    seen = []
-    features.extract(
-        lambda image, boxes: seen.append(boxes) or box_and_sum(image, boxes),
-        scene_batches(), on="object",
-    )
-    seen = np.concatenate(seen)
-    assert seen.shape == (8, 2, 4) and np.all(seen[..., 2:] > seen[..., :2])
+@pytest.mark.parametrize("leave_one_out", [False, True])
+def test_devices_slices_and_memory_maps_do_not_change_the_accuracy(tmp_path, leave_one_out):
+    train, test = data(90, 35)
+    test = train if leave_one_out else test
+    expected = knn.evaluate(train, test, ks=(5, 89), leave_one_out=leave_one_out)
+    np.save(tmp_path / "bank.npy", train[0])
+    mapped = (np.load(tmp_path / "bank.npy", mmap_mode="r"), train[1])
+    for options in ({"mesh": make_mesh()}, {"mesh": make_mesh(), "bank_rows": 16}, {"bank_rows": 7}):
+        ours = knn.evaluate(mapped, test, ks=(5, 89), leave_one_out=leave_one_out, chunk=10, **options)
+        assert ours == expected
 
 
-def test_features_refuse_bad_input():
-    batches = scene_batches()
-    unlabelled = [{**batch, "label": np.full(4, -1, np.int32)} for batch in batches]
-    no_boxes = [{name: batch[name] for name in ("image", "label")} for batch in batches]
-    for source, on in ((batches, "patch"), (unlabelled, "image"), (no_boxes, "object")):
-        with pytest.raises(ValueError, match="features:"):
-            features.extract(box_and_sum, source, on=on)
-    with pytest.raises(ValueError, match="feature_fn gave"):
-        features.extract(lambda image, boxes: boxes[:, 0], batches, on="image")
+def test_padding_is_never_a_neighbour_however_far_the_others_are():
+    bank, query = -np.ones((9, 3), np.float32), np.ones((1, 3), np.float32)
+    cosine, rows = knn.nearest(bank, query, 9, mesh=make_mesh())
+    np.testing.assert_array_equal(rows, np.arange(9)[None])
+    np.testing.assert_allclose(cosine, -1.0, atol=1e-6)
+
+
+def test_all_slices_and_chunks_share_one_program(monkeypatch):
+    traced, top_k = [], jax.lax.top_k
+    monkeypatch.setattr(jax.lax, "top_k", lambda *a: traced.append(1) or top_k(*a))
+    knn._update_on.cache_clear()
+    bank = np.random.default_rng(0).normal(size=(103, 5)).astype(np.float32)
+    for _ in range(2):
+        knn.nearest(bank, bank[:41], 6, chunk=8, mesh=make_mesh(), bank_rows=24)
+    assert len(traced) == 2  # within the devices' shares, and of what they found
+
+
+def test_only_the_best_of_each_device_travel():
+    chunk, k, parts, per = 6, 5, 8, 400
+    best = np.zeros((chunk, k), np.float32), np.zeros((chunk, k), np.int32)
+    arguments = best, np.zeros((parts, per, 12), np.float32), np.zeros((chunk, 12), np.float32)
+    program = knn._update_on(make_mesh()).lower(*arguments, np.zeros(3, np.int32)).compile().as_text()
+    sent = re.findall(r"= (.*) (?:all-gather|all-reduce|all-to-all|collective-permute)[\w-]*\(", program)
+    shapes = [shape for line in sent for shape in re.findall(r"\[([\d,]+)\]", line)]
+    sizes = [np.prod([int(side) for side in shape.split(",")]) for shape in shapes]
+    assert sizes and max(sizes) <= parts * chunk * k
+
+
+def test_nearest_refuses_what_cannot_be_found():
+    bank = np.eye(3, dtype=np.float32)
+    one = {"leave_one_out": True}
+    for k, options in ((4, {}), (0, {}), (3, one), (1, {"chunk": 0}), (1, {"bank_rows": 0})):
+        with pytest.raises(ValueError, match="knn:"):
+            knn.nearest(bank, bank, k, **options)

@@ -116,6 +116,22 @@ def test_best_iou_and_recall():
     np.testing.assert_allclose(loc.recall(rois, truth), [2 / 3, 0, 0, np.nan])
 
 
+def test_recall_and_coverage_take_the_best_valid_regions_first():
+    truth = stack([(0, 0, 0.5, 0.5), (0.5, 0.5, 1, 1)], [(0, 0, 0.5, 0.5)], [(0, 0, 0.5, 0.5)], [])
+    exact, half, far = (0, 0, 0.5, 0.5), (0, 0, 1, 0.5), (0.5, 0.5, 1, 1)
+    rois = regions(
+        stack([far, half, exact], [exact, half, far], [half, exact, far], [exact, half, far]),
+        # First image: best first half, far, exact. Second: the best is invalid. Third: two are equal.
+        [[True] * 3, [False, True, True], [True] * 3, [True] * 3],
+        [[0.5, 0.9, 0.1], [0.9, 0.1, 0.5], [0.5, 0.5, 0.1], [0.3, 0.2, 0.1]],
+    )
+    # half matches exact by 1/2 and does not meet far.
+    cover = [[1 / 4, 3 / 4, 1], [0, 1 / 2, 1 / 2], [1 / 2, 1, 1], [np.nan] * 3]
+    np.testing.assert_allclose(loc.coverage_at(rois, truth), cover)
+    found = [[1 / 2, 1, 1], [0, 1, 1], [1, 1, 1], [np.nan] * 3]
+    np.testing.assert_allclose(loc.recall_at(rois, truth), found)
+
+
 def test_union_cover_by_hand():
     # The boxes share the square (0.25..0.5)^2; padding and what is off the canvas do not count.
     boxes = np.array([(0, 0, 0.5, 0.5), (0.25, 0.25, 0.75, 1.5), NOTHING], np.float32)
@@ -184,8 +200,18 @@ def test_evaluate_by_hand():
         # Central box 0.49: IoU with the quarter 0.1225 / 0.6175, with the other 0.3 / 0.49.
         "chance/corloc_center": (0 + 1) / 2, "chance/corloc_whole": 0.0,
         "images": 2.0, "images_without_boxes": 1.0,
+        # Second image, better region (0.5, 0.5, 1, 1): shares 0.09 with the large box of 0.3.
+        "recall@0.5/r1": (1 + 0) / 2, "recall@0.5/r2": (1 + 0.5) / 2,
+        "coverage/r1": (1 + 0.09 / 0.46 / 2) / 2, "coverage/r2": (1 + 0.5) / 2, "coverage": (1 + 0.5) / 2,
+        "chance/best_iou_center": (0.1225 / 0.6175 + 0.3 / 0.49) / 2,
+        "chance/recall@0.5_center": (0 + 0.5) / 2,
+        "chance/coverage_center": (0.1225 / 0.6175 + 0.3 / 0.49 / 2) / 2,
+        "chance/best_iou_whole": (0.25 + 0.3) / 2, "chance/recall@0.5_whole": 0.0,
+        "chance/coverage_whole": (0.25 + (0.3 + 0.01) / 2) / 2,
     }
-    assert set(result) == {f"localization/{name}" for name in expected}
+    random = {f"chance/{name}_random" for name in ("corloc", "best_iou", "recall@0.5", "coverage")}
+    random |= {f"chance/{name}_random/r{r}" for name in ("recall@0.5", "coverage") for r in (1, 2)}
+    assert set(result) == {f"localization/{name}" for name in {*expected, *random}}
     for name, value in expected.items():
         assert result[f"localization/{name}"] == pytest.approx(value, abs=1e-6), name
 

@@ -215,3 +215,33 @@ def test_draws_do_not_depend_on_jit_or_sharding():
     np.testing.assert_allclose(jitted(key, jnp.array(aspect)), plain, atol=1e-6)
     np.testing.assert_allclose(jitted(key, jax.device_put(aspect, sharding)), plain, atol=1e-6)
     assert np.abs(plain[:, 0] - plain[:, 1]).min(axis=-1).max() > 0
+
+
+@pytest.mark.parametrize("width, height", [(640, 480), (480, 640), (500, 500), (1000, 200)])
+def test_central_boxes_show_what_resizing_and_cutting_out_the_middle_shows(width, height):
+    box = np.asarray(crop_ops.center_boxes(jnp.array([width / height])))[0]
+    y0, x0, y1, x1 = box * [height, width, height, width]  # in pixels of the photo
+    assert y1 - y0 == pytest.approx(x1 - x0, rel=1e-5)  # a square
+    scale = 256 / min(width, height)  # the shorter side becomes 256 pixels
+    top, left = (height * scale - 224) / 2, (width * scale - 224) / 2
+    expected = [top, left, top + 224, left + 224]
+    np.testing.assert_allclose(np.array([y0, x0, y1, x1]) * scale, expected, rtol=1e-4, atol=1e-3)
+
+
+def test_a_share_of_one_reaches_the_borders_of_the_shorter_side():
+    boxes = np.asarray(crop_ops.center_boxes(jnp.array([2.0, 0.5, 1.0]), share=1.0))
+    expected = [[0, 0.25, 1, 0.75], [0.25, 0, 0.75, 1], [0, 0, 1, 1]]
+    np.testing.assert_allclose(boxes, expected, atol=1e-6)
+    assert np.asarray(crop_ops.center_boxes(jnp.linspace(0.2, 5, 50), share=1.0)).min() >= 0
+
+
+def test_the_central_crop_of_a_squashed_photo_has_the_photo_s_proportions():
+    # A disc of the photo is an ellipse on the canvas and a disc again in the crop.
+    y, x = np.meshgrid((np.arange(64) + 0.5) / 64, (np.arange(64) + 0.5) / 64, indexing="ij")
+    aspect = 1.6
+    disc = ((y - 0.5) ** 2 + ((x - 0.5) * aspect) ** 2 < 0.3**2).astype(np.float32)
+    boxes = crop_ops.center_boxes(jnp.array([aspect]))[:, None]
+    crop = np.asarray(crop_ops.crop_and_resize(jnp.array(disc)[None, :, :, None], boxes, 56))[0, 0, ..., 0]
+    extents = [crop.max(axis=axis).sum() for axis in (0, 1)]
+    expected = 56 * 0.6 / 0.875
+    np.testing.assert_allclose(extents, expected, atol=1.5)

@@ -169,6 +169,26 @@ def test_panel_without_saliency_and_with_truth():
     assert not tile_at(image, 1, 0).any()  # padding is not drawn
 
 
+def test_columns_show_truth_heat_and_regions_of_each_image():
+    images, maps, rois, _, _ = example()
+    truth = np.zeros((2, 3, 4), np.float32)
+    truth[1, 0] = (0.25, 0.25, 0.75, 0.75)
+    rois = rois._replace(valid=np.array([[False, True], [False, False]]))
+    image = visualize.columns(images, maps, rois, truth, ["a", "b"])
+    pitch = 144 + visualize.GAP
+    assert image.shape == (visualize.HEADER + 3 * pitch + visualize.GAP, 2 * pitch + visualize.GAP, 3)
+    for column in range(2):
+        large = np.asarray(Image.fromarray(images[column]).resize((144, 144), Image.Resampling.BILINEAR))
+        boxed = visualize.draw_boxes(
+            large, truth[column], np.array([column == 1, False, False]), ((255, 255, 255),), width=1
+        )
+        np.testing.assert_array_equal(tile_at(image, 0, column), boxed)
+        heat = visualize.heat(maps[column], large)
+        np.testing.assert_array_equal(tile_at(image, 1, column)[:120], heat[:120])  # the rest is a label
+        assert bool(len(where(tile_at(image, 2, column), visualize.PALETTE[1])[0])) == (column == 0)
+        assert not len(where(tile_at(image, 2, column), visualize.PALETTE[0])[0])
+
+
 def test_png_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     path = tmp_path / "panels" / "step.png"
     image = np.random.default_rng(0).integers(0, 255, (5, 7, 3), dtype=np.uint8)

@@ -1,7 +1,8 @@
 """Columns of numpy arrays: an .npz file or a folder of .npy files, memory-mapped when they can be.
 
 `image` is uint8 [n, s, s, 3]; optional: `label` [n], `boxes` [n, k, 4] (zero rows = padding),
-`classes` [n, k], `class_names` [c].
+`classes` [n, k], `class_names` [c], `mask` uint8 [n, h, w] (0 background, 255 unknown, else a class
+or the number of an object).
 """
 
 import os
@@ -10,12 +11,13 @@ import zipfile
 
 import numpy as np
 
+from salcl_jax.data.files import stats
+
 
 def load(path: str) -> dict[str, np.ndarray]:
     """Column name -> array. Raises FileNotFoundError, or ValueError with the column's fault."""
     if os.path.isdir(path):
-        names = sorted(name for name in os.listdir(path) if name.endswith(".npy"))
-        columns = {n[:-4]: np.load(os.path.join(path, n), mmap_mode="r") for n in names}
+        columns = {n[:-4]: np.load(os.path.join(path, n), mmap_mode="r") for n in _names(path)}
     elif os.path.isfile(path):
         columns = _load_npz(path)
     else:
@@ -23,10 +25,23 @@ def load(path: str) -> dict[str, np.ndarray]:
     image = columns.get("image")
     if image is None or image.dtype != np.uint8 or image.ndim != 4 or image.shape[-1] != 3:
         raise ValueError(f"{path}: needs a column image, uint8 [n, h, w, 3]")
-    for name in ("label", "boxes", "classes"):
+    for name in ("label", "boxes", "classes", "mask"):
         if name in columns and len(columns[name]) != len(image):
             raise ValueError(f"{path}: {name} has {len(columns[name])} rows, image {len(image)}")
+    mask = columns.get("mask")
+    if mask is not None and (mask.dtype != np.uint8 or mask.ndim != 3):
+        raise ValueError(f"{path}: mask is {mask.dtype} {list(mask.shape)}; store uint8 [n, h, w]")
     return columns
+
+
+def identity(path: str) -> list:
+    """Names, sizes and times of the files that hold the columns; the same after a move."""
+    names = _names(path) if os.path.isdir(path) else [""]
+    return [names, stats([os.path.join(path, name) if name else path for name in names])]
+
+
+def _names(folder: str) -> list[str]:
+    return sorted(name for name in os.listdir(folder) if name.endswith(".npy"))
 
 
 def _load_npz(path: str) -> dict[str, np.ndarray]:

@@ -8,19 +8,13 @@ from typing import Any
 import numpy as np
 
 from salcl_jax.data import workers as parallel
-from salcl_jax.data.decode import WHOLE, SkipImage, decode, from_array, to_canvas
+from salcl_jax.data.decode import WHOLE
+from salcl_jax.data.examples import Unusable, blank, load
 from salcl_jax.data.sources import Source
 
 HostBatch = dict[str, np.ndarray]
-TRIES = 64  # files looked at before a slot of the batch gives up
-KEPT_SHARE = 0.3  # a box needs this share of its area inside the window
 _GROUP = 8  # at most so many images a call: spreads the cost of entering tf.data
 _ORDER, _WINDOW = 1, 2  # independent random streams
-_NO_BOXES = np.zeros((0, 4), np.float32), np.zeros(0, np.int32)
-
-
-class Unusable(ValueError):
-    """No image among those tried can be used."""
 
 
 def _generator(seed: int, number: int, stream: int) -> np.random.Generator:
@@ -53,87 +47,6 @@ def draw_window(
     side = math.sqrt(low + (high - low) * area)
     y, x = y * (1.0 - side), x * (1.0 - side)
     return y, x, min(1.0, y + side), min(1.0, x + side)
-
-
-def window_boxes(
-    boxes: np.ndarray, classes: np.ndarray, window: tuple[float, ...], max_boxes: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Boxes of the photo -> boxes of the window, padded.
-
-    boxes [k, 4] and classes [k] -> float32 [max_boxes, 4] (zero rows = padding), int32 [max_boxes]
-    (-1 = padding). Boxes with less than KEPT_SHARE of their area inside go; if too many are left,
-    the largest stay.
-    """
-    origin = np.array([window[0], window[1]] * 2, np.float64)
-    scale = np.array([window[2] - window[0], window[3] - window[1]] * 2, np.float64)
-    moved = (boxes.astype(np.float64) - origin) / scale
-    inside = np.clip(moved, 0.0, 1.0)
-    full, area = _area(moved), _area(inside)
-    keep = np.flatnonzero((full > 0) & (area > 0) & (area >= KEPT_SHARE * full))
-    if len(keep) > max_boxes:
-        keep = np.sort(keep[np.argsort(-area[keep], kind="stable")[:max_boxes]])
-    out = np.zeros((max_boxes, 4), np.float32)
-    kinds = np.full(max_boxes, -1, np.int32)
-    out[: len(keep)], kinds[: len(keep)] = inside[keep], classes[keep]
-    return out, kinds
-
-
-def _area(boxes: np.ndarray) -> np.ndarray:
-    return np.maximum(boxes[:, 2] - boxes[:, 0], 0) * np.maximum(boxes[:, 3] - boxes[:, 1], 0)
-
-
-def load(
-    source: Source,
-    index: int,
-    *,
-    canvas: int,
-    window: tuple[float, float, float, float] = WHOLE,
-    max_boxes: int = 0,
-    min_side: int = 0,
-    max_pixels: int = 0,
-    tries: int = TRIES,
-) -> dict[str, Any]:
-    """One example of a batch, without the batch axis; fields as in HostBatch.
-
-    An image that cannot be used is passed over for the next index, `tries` images at most.
-    Raises Unusable (a ValueError) when none of them is readable.
-    """
-    # the window, not the photo, must come out at least as fine as the canvas
-    fine = math.ceil(canvas / min(window[2] - window[0], window[3] - window[1]))
-    reason = ""
-    for skipped in range(min(tries, len(source))):
-        number = (index + skipped) % len(source)
-        try:
-            record = source.read(number)
-            if "encoded" in record:
-                photo = decode(record["encoded"], fine, min_side=min_side, max_pixels=max_pixels)
-            else:
-                photo = from_array(record["image"])
-        except (SkipImage, OSError) as error:  # OSError: the file went, or may not be read
-            reason = getattr(error, "reason", "unreadable")
-            continue
-        return _example(record, photo, number, skipped, canvas, window, max_boxes)
-    raise Unusable(
-        f"{source.name}: {min(tries, len(source))} images in a row from number {index} cannot be "
-        f"used (last: {reason}); check the files, data.min_side and data.max_pixels"
-    )
-
-
-def _example(record, photo, number, skipped, canvas, window, max_boxes) -> dict[str, Any]:
-    image, aspect = to_canvas(photo, window, canvas)
-    boxes, classes = _NO_BOXES
-    if max_boxes:
-        found = record.get("boxes", boxes), record.get("classes", classes)
-        boxes, classes = window_boxes(*found, window, max_boxes)
-    return {
-        "image": image,
-        "aspect": np.float32(aspect),
-        "id": np.int32(number),
-        "skipped": np.int32(skipped),
-        "label": np.int32(record.get("label", -1)),
-        "boxes": boxes,
-        "classes": classes,
-    }
 
 
 def _stack(examples: Sequence[dict[str, Any]], keys: Sequence[str]) -> HostBatch:
@@ -243,29 +156,36 @@ def eval_batches(
     workers: int = 8,
     prefetch: int = 2,
     use_tf: bool | None = None,
+    with_masks: bool = False,
 ) -> Iterator[HostBatch]:
     """Every example once, in order, whole photo; limit 0 = all, else that many, evenly spread.
 
     Global batch t holds examples t * B .. (t + 1) * B - 1, sliced over the processes as in
     train_batches, so all yield the same number of batches. Fields as there, with label and boxes
-    where the source has them (boxes need max_boxes > 0), and mask bool [n]: False for padding and
-    for an image that cannot be used (that one has skipped 1).
+    where the source has them (boxes need max_boxes > 0; difficult bool [n, k] comes with them), and
+    mask bool [n]: False for padding and for an image that cannot be used (that one has skipped 1).
+    with_masks adds masks uint8 [n, s, s], label maps by nearest neighbours; 255 all over where there
+    is no image, no map, or a damaged one. Raises ValueError where the source has no masks at all.
     """
     local = _local(batch_size, process_index, process_count)
+    if with_masks and not source.has_masks:
+        raise ValueError(f"{source.name}: has no masks; use another source, or set data.masks of a folder")
     count = min(limit, len(source)) if limit else len(source)
     group = _divisor(local)
     chunks = local // group
-    keys = (*_keys(source, source.has_boxes and max_boxes > 0), "mask")
+    with_boxes = source.has_boxes and max_boxes > 0
+    keys = (*_keys(source, with_boxes), "mask")
+    keys += (("difficult",) if with_boxes else ()) + (("masks",) if with_masks else ())
+    options = {"canvas": canvas, "max_boxes": max_boxes, "with_mask": with_masks}
 
     def load_number(number: int) -> dict[str, Any]:
         if number >= count:
-            return _blank(canvas, max_boxes, -1, 0)
-        sizes = {"min_side": min_side, "max_pixels": max_pixels}
+            return blank(-1, 0, **options)
         number = number * len(source) // count
         try:
-            example = load(source, number, canvas=canvas, max_boxes=max_boxes, tries=1, **sizes)
+            example = load(source, number, min_side=min_side, max_pixels=max_pixels, tries=1, **options)
         except Unusable:
-            return _blank(canvas, max_boxes, number, 1)
+            return blank(number, 1, **options)
         return example | {"mask": np.bool_(True)}
 
     def load_chunk(number: int) -> HostBatch:
@@ -282,16 +202,3 @@ def eval_batches(
         prefetch=prefetch,
         use_tf=_backend(source, use_tf),
     )
-
-
-def _blank(canvas: int, max_boxes: int, number: int, skipped: int) -> dict[str, Any]:
-    return {
-        "image": np.zeros((canvas, canvas, 3), np.uint8),
-        "aspect": np.float32(1),
-        "id": np.int32(number),
-        "skipped": np.int32(skipped),
-        "label": np.int32(-1),
-        "boxes": np.zeros((max_boxes, 4), np.float32),
-        "classes": np.full(max_boxes, -1, np.int32),
-        "mask": np.bool_(False),
-    }

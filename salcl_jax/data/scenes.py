@@ -14,6 +14,7 @@ from PIL import Image, ImageDraw
 from salcl_jax.data.shapes import CLASSES
 
 CLASS_NAMES = tuple(name for name, _, _ in CLASSES)
+RENDERER = 1  # raise when render() draws other pixels: old files are then left alone
 MIN_VISIBLE = 0.3  # an object with less than this share of its mask in sight is not annotated
 _VALIDATION = 2**32  # the first index of the validation scenes
 
@@ -50,6 +51,10 @@ class Dials:
             repeat=self.repeat,
             clutter=self.clutter,
         )
+
+    def identity(self) -> str:
+        """All that the scenes follow from, as text."""
+        return repr((RENDERER, sorted(dataclasses.asdict(self).items())))
 
     def split(self, name: str) -> tuple[int, int]:
         """(first index, number of scenes) of 'train' or 'validation'. Raises ValueError."""
@@ -124,6 +129,12 @@ def mask_boxes(masks: np.ndarray) -> np.ndarray:
         1 - columns[:, ::-1].argmax(1) / wide,
     )
     return np.stack(edges, 1).astype(np.float32)
+
+
+def instance_map(scene: dict[str, np.ndarray]) -> np.ndarray:
+    """uint8 [s, s]: 0 = background, k = the k-th object."""
+    numbers = np.arange(1, len(scene["masks"]) + 1, dtype=np.uint8)[:, None, None]
+    return (scene["masks"] * numbers).max(0)
 
 
 def largest(scene: dict[str, np.ndarray]) -> int:

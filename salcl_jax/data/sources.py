@@ -1,17 +1,20 @@
 """Where photos come from: tfds records, folders, arrays, built-in scenes. One shape for all."""
 
-import csv
 import dataclasses
-import json
+import functools
 import os
-from collections.abc import Callable, Iterable, Mapping
+import secrets
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 
-from salcl_jax.data import arrays
+from salcl_jax.data import arrays, files, masks, regions, tables
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
+
+def _of_its_own() -> Callable[[], str]:
+    token = secrets.token_hex(32)  # agrees with no other source, so nothing is taken for its results
+    return lambda: token
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,8 +22,14 @@ class Source:
     """Random access to n photos.
 
     read(i) -> dict with `encoded` (bytes) or `image` (uint8 [h, w, 3]) and, where known,
-    `label` (int), `boxes` (float32 [k, 4], (y0, x0, y1, x1) in [0, 1] of the photo) and `classes`
-    (int32 [k]). has_labels / has_boxes say what every record carries. Thread-safe.
+    `label` (int), `boxes` (float32 [k, 4], (y0, x0, y1, x1) in [0, 1] of the photo), `classes`
+    (int32 [k]), `difficult` (bool [k]: boxes that scores leave out), and `mask` (encoded label map
+    or uint8 [h, w]: 0 background, 255 unknown, else a class or an object's number; with
+    `mask_classes` [k], object j + 1 is of class mask_classes[j]). has_labels /
+    has_boxes say what every record carries, has_masks what some do. Thread-safe.
+
+    digest() -> hex string that changes when the examples do: names, sizes, times of files and what
+    is told about them, wherever the folders lie.
     """
 
     name: str
@@ -30,6 +39,8 @@ class Source:
     read: Callable[[int], dict[str, Any]]
     has_labels: bool = False
     has_boxes: bool = False
+    has_masks: bool = False
+    digest: Callable[[], str] = dataclasses.field(default_factory=_of_its_own)
 
     def __len__(self) -> int:
         return self.size
@@ -38,10 +49,18 @@ class Source:
 def open_source(spec: Mapping[str, Any]) -> Source:
     """Opens the source a plain dict describes.
 
-    Keys (all but `kind` optional): kind 'tfds' | 'folder' | 'arrays' | 'scenes'; name and data_dir
-    of tfds; split; roots of folders; annotations (COCO JSON); labels (CSV with file, label, maybe
-    split); where (CSV column -> value, keeps equal rows); label_from_folder; path of arrays;
-    scenes (dials of the built-in scenes); expected (number of examples, 0 = any).
+    Keys, all but `kind` optional:
+    - kind: 'tfds' | 'folder' | 'arrays' | 'scenes'; expected: number of examples, 0 = any.
+    - tfds: name, split, data_dir. scenes: scenes (the dials), split, data_dir.
+    - arrays: path (.npz or folder of .npy files, see arrays.py).
+    - folder: roots (one or several), and one at most of
+        annotations: COCO-style JSON with boxes, and difficult or ignore where an object is;
+        labels: CSV with columns file, label, maybe name;
+        regions: CSV with columns file, segment_files: human segmentations (see regions.py);
+        label_from_folder: the parent folder's name is the class.
+      split, where ('column=value[,column=value]'): rows of `labels` or `regions` to keep.
+      list: text file, a photo to keep a line (relative path or bare name, maybe a label after it).
+      masks: folder of PNG label maps named as the photos.
     Raises ValueError or FileNotFoundError with one line.
     """
     kind = spec.get("kind", "")
@@ -79,7 +98,7 @@ def _scenes(spec: Mapping[str, Any]) -> Source:
 def _arrays(spec: Mapping[str, Any]) -> Source:
     path = os.fspath(spec.get("path") or "")
     columns = arrays.load(path)
-    image, label = columns["image"], columns.get("label")
+    image, label, mask = columns["image"], columns.get("label"), columns.get("mask")
     boxes, classes = columns.get("boxes"), columns.get("classes")
 
     def read(i: int) -> dict[str, Any]:
@@ -92,12 +111,17 @@ def _arrays(spec: Mapping[str, Any]) -> Source:
             example["boxes"] = row[real]
             kinds = np.zeros(len(row)) if classes is None else np.asarray(classes[i])
             example["classes"] = kinds[real].astype(np.int32)
+            example["difficult"] = np.zeros(len(example["boxes"]), bool)
+        if mask is not None:
+            example["mask"] = np.asarray(mask[i])
         return example
 
     names = tuple(str(name) for name in columns.get("class_names", ()))
     if not names and label is not None and len(label):
         names = tuple(str(number) for number in range(int(np.max(label)) + 1))
-    return Source(path, "arrays", names, len(image), read, label is not None, boxes is not None)
+    has = label is not None, boxes is not None, mask is not None
+    digest = functools.cache(lambda: files.digest(arrays.identity(path)))
+    return Source(path, "arrays", names, len(image), read, *has, digest)
 
 
 def _folder(spec: Mapping[str, Any]) -> Source:
@@ -105,140 +129,69 @@ def _folder(spec: Mapping[str, Any]) -> Source:
     roots = tuple(os.fspath(r) for r in ((roots,) if isinstance(roots, str) else roots))
     if not roots:
         raise ValueError("folder data: no folder given; set data.roots")
-    if spec.get("annotations") and spec.get("labels"):
-        raise ValueError("folder data: give annotations or labels, not both")
-    files = list(dict.fromkeys(path for root in roots for path in list_images(root)))
-    columns: dict[str, list] = {}
-    names: tuple[str, ...] = ()
-    if spec.get("annotations"):
-        files, columns, names = _coco(os.fspath(spec["annotations"]), roots, files)
-    elif spec.get("labels"):
-        rows = dict(spec.get("where") or {})
-        if spec.get("split"):
-            rows["split"] = spec["split"]
-        files, columns, names = _csv(os.fspath(spec["labels"]), roots, files, rows)
-    elif spec.get("label_from_folder"):
-        parents = [os.path.basename(os.path.dirname(path)) for path in files]
-        names = tuple(sorted(set(parents)))
-        number = {name: i for i, name in enumerate(names)}
-        columns = {"label": [number[parent] for parent in parents]}
+    folder = os.fspath(spec.get("masks") or "")
+    if folder and spec.get("regions"):
+        raise ValueError("folder data: regions are masks already; give masks or regions, not both")
+    table = _table(spec, roots, folder)
+    if spec.get("list"):
+        table = tables.restrict(table, os.fspath(spec["list"]), roots)
+    paths, columns, names = table
+    maps = masks.find(folder, paths, roots) if folder else [None] * len(paths)
 
     def read(i: int) -> dict[str, Any]:
-        return {"encoded": _read_file(files[i])} | {key: col[i] for key, col in columns.items()}
+        example = {"encoded": files.read_file(paths[i])}
+        example |= {key: column[i] for key, column in columns.items()}
+        if "segments" in example:
+            example |= regions.read(example.pop("segments"))
+        if maps[i] is not None:
+            example |= masks.read(maps[i])
+        return example
 
-    return Source(
-        "+".join(roots), "folder", names, len(files), read, "label" in columns, "boxes" in columns
-    )
+    def parts():
+        """What the digest is made of; every path as it is below its root."""
+        yield names
+        yield [files.relative(path, roots) for path in paths], files.stats(paths)
+        yield [m and files.relative(m, (folder,)) for m in maps], files.stats([m for m in maps if m])
+        for key, column in sorted(columns.items()):
+            yield key
+            yield from _column(key, column, os.path.dirname(os.fspath(spec.get("regions") or "")))
+
+    has_regions = "segments" in columns
+    has = "label" in columns, "boxes" in columns or has_regions, bool(folder) or has_regions
+    digest = functools.cache(lambda: files.digest(parts()))
+    return Source("+".join(roots), "folder", names, len(paths), read, *has, digest)
 
 
-def _read_file(path: str) -> bytes:
-    if "://" in path:
-        import tensorflow as tf
+def _table(spec: Mapping[str, Any], roots: tuple[str, ...], folder: str) -> tables.Table:
+    """The photos below the roots, restricted and described by the one file given, if any."""
+    given = [key for key in ("annotations", "labels", "regions") if spec.get(key)]
+    if len(given) > 1:
+        raise ValueError(f"folder data: give {' or '.join(given)}, not both")
+    where = tables.parse_where(spec.get("where") or "")
+    if where and given not in (["labels"], ["regions"]):
+        raise ValueError("folder data: data.where chooses rows of a CSV file; set data.labels to it")
+    where += [("split", str(spec["split"]))] if spec.get("split") else []
+    paths = list(dict.fromkeys(path for root in roots for path in files.list_images(root)))
+    if folder:  # label maps below a root are no photos
+        home = os.path.join(os.path.abspath(folder), "")
+        maps = {p for p in paths if p.lower().endswith(".png") and os.path.abspath(p).startswith(home)}
+        paths = [path for path in paths if path not in maps]
+    if not given:
+        return tables.folder_labels(paths) if spec.get("label_from_folder") else tables.Table(paths, {})
+    path = os.fspath(spec[given[0]])
+    if given == ["annotations"]:
+        return tables.coco(path, roots, paths)
+    read = tables.labels if given == ["labels"] else tables.segmentations
+    return read(path, roots, paths, where)
 
-        return tf.io.gfile.GFile(path, "rb").read()
-    with open(path, "rb") as file:
-        return file.read()
 
-
-def _read_text(path: str) -> str:
-    try:
-        return _read_file(path).decode("utf-8-sig")
-    except Exception as error:
-        raise FileNotFoundError(f"{path}: cannot be read; check the path") from error
-
-
-def list_images(root: str) -> list[str]:
-    """Sorted paths of all image files below root, links followed once; local or gs://.
-
-    Raises FileNotFoundError when root is missing, ValueError when it holds no image.
-    """
-    if "://" in root:
-        import tensorflow as tf
-
-        if not tf.io.gfile.isdir(root):
-            raise FileNotFoundError(f"{root}: no such folder; check data.roots")
-        walk = ((folder, names) for folder, _, names in tf.io.gfile.walk(root))
+def _column(key: str, column: list, home: str):
+    """A column's part of the digest: lengths and values, or the files of segmentations."""
+    if key == "segments":
+        paths = [path for row in column for path in row]
+        yield [len(row) for row in column], [files.relative(p, (home,)) for p in paths], files.stats(paths)
+    elif column and isinstance(column[0], np.ndarray):
+        yield np.array([len(row) for row in column])
+        yield np.concatenate(column)
     else:
-        if not os.path.isdir(root):
-            raise FileNotFoundError(f"{root}: no such folder; check data.roots")
-        walk = _walk(root)
-    files = sorted(
-        os.path.join(folder, name)
-        for folder, names in walk
-        for name in names
-        if name.lower().endswith(EXTENSIONS) and not name.startswith("._")
-    )
-    if not files:
-        raise ValueError(f"{root}: no image files ({' '.join(EXTENSIONS)}); check data.roots")
-    return files
-
-
-def _walk(root: str) -> Iterable[tuple[str, list[str]]]:
-    seen = set()  # real folders: a link back up, or a second link to one folder, adds nothing
-    for folder, folders, names in os.walk(root, followlinks=True):
-        status = os.stat(folder)
-        if (status.st_dev, status.st_ino) in seen:
-            folders.clear()
-            continue
-        seen.add((status.st_dev, status.st_ino))
-        folders.sort()
-        yield folder, names
-
-
-def _locate(names: list[str], bases: tuple[str, ...], files: list[str], origin: str) -> list[str]:
-    """Full path of each listed name, searched below each base. Raises ValueError naming one."""
-    listed = {os.path.normpath(path): path for path in files}
-    found = []
-    for name in names:
-        candidates = (os.path.normpath(os.path.join(base, name)) for base in bases)
-        path = next((listed[c] for c in candidates if c in listed), None)
-        if path is None:
-            raise ValueError(f"{origin}: {name} is not below {' or '.join(bases)}; fix data.roots")
-        found.append(path)
-    return found
-
-
-def _coco(path: str, roots: tuple[str, ...], files: list[str]):
-    data = json.loads(_read_text(path))
-    categories = sorted(data["categories"], key=lambda category: category["id"])
-    number = {category["id"]: i for i, category in enumerate(categories)}
-    objects: dict[Any, list[tuple]] = {image["id"]: [] for image in data["images"]}
-    for note in data["annotations"]:
-        if not note.get("iscrowd") and note["image_id"] in objects:
-            objects[note["image_id"]].append((note["bbox"], number[note["category_id"]]))
-    boxes, classes = [], []
-    for image in data["images"]:
-        found = objects[image["id"]]
-        x, y, w, h = np.array([box for box, _ in found], np.float64).reshape(-1, 4).T
-        wide, high = image["width"], image["height"]
-        corners = np.stack([y / high, x / wide, (y + h) / high, (x + w) / wide], 1)
-        boxes.append(np.clip(corners, 0, 1).astype(np.float32))
-        classes.append(np.array([kind for _, kind in found], np.int32))
-    files = _locate([image["file_name"] for image in data["images"]], roots, files, path)
-    names = tuple(category["name"] for category in categories)
-    return files, {"boxes": boxes, "classes": classes}, names
-
-
-def _csv(path: str, roots: tuple[str, ...], files: list[str], where: dict[str, Any]):
-    rows = list(csv.DictReader(_read_text(path).splitlines()))
-    missing = {"file", "label", *where} - set(rows[0] if rows else ())
-    if missing:
-        raise ValueError(f"{path}: no column {', '.join(sorted(missing))}; add it to the header")
-    labels, names = _numbers(rows)  # before the choice of rows: all splits share one numbering
-    chosen = [i for i, row in enumerate(rows) if all(row[k] == str(v) for k, v in where.items())]
-    if not chosen:
-        raise ValueError(f"{path}: no row with {where}; check data.split")
-    bases = (os.path.dirname(path), *roots)
-    found = _locate([rows[i]["file"] for i in chosen], bases, files, path)
-    return found, {"label": [labels[i] for i in chosen]}, names
-
-
-def _numbers(rows: list[dict[str, str]]) -> tuple[list[int], tuple[str, ...]]:
-    """Integer labels are kept, with `name` as class names if given; words are numbered."""
-    words = [row["label"] for row in rows]
-    if all(word.isdigit() for word in words):
-        labels = [int(word) for word in words]
-        known = {label: row.get("name") for label, row in zip(labels, rows, strict=True)}
-        return labels, tuple(known.get(i) or str(i) for i in range(max(labels) + 1))
-    names = tuple(sorted(set(words)))
-    return [names.index(word) for word in words], names
+        yield np.array(column)

@@ -1,5 +1,6 @@
 """Sources over prepared tfds data sets and over the built-in scenes; never downloads."""
 
+import functools
 import importlib.util
 import os
 from collections.abc import Callable, Mapping
@@ -7,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from salcl_jax.data import records, scenes
+from salcl_jax.data import files, records, scenes
 from salcl_jax.data.sources import Source
 
 
@@ -59,11 +60,16 @@ def _rendered(dials: Mapping[str, Any], split: str) -> Source:
 
     def read(i: int) -> dict[str, Any]:
         scene = settings.render(first + i)
-        label = int(scene["classes"][scenes.largest(scene)])
-        return {k: scene[k] for k in ("image", "boxes", "classes")} | {"label": label}
+        return {k: scene[k] for k in ("image", "boxes", "classes")} | {
+            "label": int(scene["classes"][scenes.largest(scene)]),
+            "difficult": np.zeros(len(scene["boxes"]), bool),
+            "mask": scenes.instance_map(scene),
+            "mask_classes": scene["classes"],
+        }
 
     names = scenes.CLASS_NAMES[: settings.num_classes]
-    return Source(f"scenes/{split}", "scenes", names, count, read, True, True)
+    digest = functools.cache(lambda: files.digest(("scenes", settings.identity(), split)))
+    return Source(f"scenes/{split}", "scenes", names, count, read, True, True, True, digest)
 
 
 def open_builder(builder: Any, split: str, kind: str = "tfds") -> Source:
@@ -72,18 +78,35 @@ def open_builder(builder: Any, split: str, kind: str = "tfds") -> Source:
     if "image" not in features:
         raise ValueError(f"{name}: has no feature 'image'; its features: {', '.join(features)}")
     try:
-        files = builder.info.splits[split].file_instructions
+        parts = builder.info.splits[split].file_instructions
     except (KeyError, ValueError) as error:
         known = ", ".join(builder.info.splits)
         raise ValueError(f"{name}: no such split; it has {known}") from error
-    shards = [(os.fspath(file.filename), file.skip, file.take) for file in files]
+    shards = [(os.fspath(file.filename), file.skip, file.take) for file in parts]
     fetch, size = _fetcher(shards, str(builder.info.file_format.value), name)
     has_labels = "label" in features
     has_boxes = "objects" in features and "bbox" in features["objects"]
-    parse = _parser(has_labels, has_boxes)
-    return Source(
-        name, kind, _class_names(features), size, lambda i: parse(fetch(i)), has_labels, has_boxes
-    )
+    has = has_labels, has_boxes, "instances" in features and _is_map(features["instances"])
+    parse = _parser(*has)
+    digest = functools.cache(lambda: files.digest((name, _identity(shards))))
+    return Source(name, kind, _class_names(features), size, lambda i: parse(fetch(i)), *has, digest)
+
+
+def _is_map(feature: Any) -> bool:
+    """Whether a feature is an image of one channel of bytes, as the object numbers of the scenes."""
+    import tensorflow_datasets as tfds
+
+    image = isinstance(feature, tfds.features.Image)
+    return image and feature.shape[-1] == 1 and feature.np_dtype == np.uint8
+
+
+def _identity(shards: list) -> list[tuple]:
+    """Name and size of each file and the records taken of it, wherever the files lie."""
+    sizes = [size for size, _ in files.stats([path for path, _, _ in shards])]
+    return [
+        (os.path.basename(path), skip, take, size)
+        for (path, skip, take), size in zip(shards, sizes, strict=True)
+    ]
 
 
 def _fetcher(shards: list, file_format: str, name: str) -> tuple[Callable[[int], bytes], int]:
@@ -112,7 +135,7 @@ def _class_names(features: Any) -> tuple[str, ...]:
     return tuple(getattr(label, "names", ()) or ())
 
 
-def _parser(has_labels: bool, has_boxes: bool) -> Callable[[bytes], dict[str, Any]]:
+def _parser(has_labels: bool, has_boxes: bool, has_masks: bool) -> Callable[[bytes], dict[str, Any]]:
     from tensorflow.core.example.example_pb2 import Example
 
     def parse(record: bytes) -> dict[str, Any]:
@@ -127,7 +150,12 @@ def _parser(has_labels: bool, has_boxes: bool) -> Callable[[bytes], dict[str, An
             classes = classes if len(classes) == len(boxes) else np.zeros(len(boxes), np.int32)
             crowd = np.array(feature["objects/is_crowd"].int64_list.value, bool)
             keep = ~crowd if len(crowd) == len(boxes) else np.ones(len(boxes), bool)
-            example |= {"boxes": boxes[keep], "classes": classes[keep]}
+            hard = np.array(feature["objects/is_difficult"].int64_list.value, bool)
+            hard = hard if len(hard) == len(boxes) else np.zeros(len(boxes), bool)
+            example |= {"boxes": boxes[keep], "classes": classes[keep], "difficult": hard[keep]}
+        if has_masks:
+            example["mask"] = feature["instances"].bytes_list.value[0]
+            example["mask_classes"] = classes
         return example
 
     return parse

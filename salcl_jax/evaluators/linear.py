@@ -1,4 +1,4 @@
-"""Linear probe for small data: multinomial logistic regression on frozen features, full batch."""
+"""Linear probe for small data: logistic regression on frozen features, full batch."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 Examples = tuple[np.ndarray, np.ndarray]  # features [n, d], labels [n]
 HELD_OUT = 0.2
@@ -57,20 +57,41 @@ def split(n: int) -> tuple[np.ndarray, np.ndarray]:
 
 def fit(
     x: Float[Array | np.ndarray, "n d"],
-    y: Int[Array | np.ndarray, "n"],
+    y: Int[Array | np.ndarray, "n"]
+    | Float[Array | np.ndarray, "n classes"]
+    | Bool[Array | np.ndarray, "n classes"],
     l2: float,
     *,
     steps: int,
     num_classes: int,
     tolerance: float = 1e-5,
+    loss: str = "softmax",
+    weight: Float[Array | np.ndarray, "n classes"]
+    | Bool[Array | np.ndarray, "n classes"]
+    | None = None,
 ) -> tuple[Float[Array, "d classes"], Float[Array, " classes"]]:
-    """Weights and bias that minimise mean cross-entropy + l2 / 2 * sum(weights ** 2).
+    """Weights and bias that minimise a mean cross-entropy + l2 / 2 * sum(weights ** 2).
+
+    loss='softmax': one class an example, y int [n]; the mean over the examples.
+    loss='sigmoid': every class by itself, y in [0, 1] [n, classes]; the sum over classes of
+    sum_n(weight * binary cross-entropy) / sum_n(weight). A weight of 0 (or False) leaves an entry
+    out, None is 1 everywhere; a class without any weight gets zeros.
 
     L-BFGS from zero, until the gradient's norm is below `tolerance` or after `steps` steps. The
-    bias carries no penalty. (l2 = 1 / (C n) in the terms of liblinear and scikit-learn.)
+    bias carries no penalty. (l2 = 1 / (C n) in the terms of liblinear and scikit-learn, for
+    'sigmoid' with a class's own n = sum_n(weight).) Raises ValueError where loss and y do not fit.
     """
     x, y = jnp.asarray(x, jnp.float32), jnp.asarray(y)
-    return _fit(x, y, jnp.float32(l2), jnp.float32(tolerance), steps, num_classes)
+    wanted = {"softmax": x.shape[:1], "sigmoid": (len(x), num_classes)}.get(loss)
+    if y.shape != wanted or (loss == "softmax" and weight is not None):
+        raise ValueError(
+            f"linear: loss={loss!r} ('softmax' or 'sigmoid') does not go with y {y.shape}, "
+            f"{num_classes} classes{'' if weight is None else ' and a weight'}"
+        )
+    if loss == "sigmoid":
+        y = y.astype(jnp.float32)
+        weight = jnp.ones(y.shape) if weight is None else jnp.asarray(weight, jnp.float32)
+    return _fit(x, y, weight, jnp.float32(l2), jnp.float32(tolerance), steps, num_classes, loss)
 
 
 def logits(
@@ -82,10 +103,11 @@ def logits(
     return jnp.dot(x, kernel, precision=jax.lax.Precision.HIGHEST) + bias[None]
 
 
-@partial(jax.jit, static_argnames=("steps", "num_classes"))
-def _fit(x, y, l2, tolerance, steps, num_classes):
+@partial(jax.jit, static_argnames=("steps", "num_classes", "kind"))
+def _fit(x, y, weight, l2, tolerance, steps, num_classes, kind):
     def loss(weights):
-        fit_loss = optax.softmax_cross_entropy_with_integer_labels(logits(weights, x), y).mean()
+        scores = logits(weights, x)
+        fit_loss = _softmax(scores, y) if kind == "softmax" else _sigmoid(scores, y, weight)
         return fit_loss + 0.5 * l2 * jnp.sum(weights[0] ** 2)
 
     solver = optax.lbfgs()
@@ -108,6 +130,16 @@ def _fit(x, y, l2, tolerance, steps, num_classes):
     start = (jnp.zeros((x.shape[1], num_classes)), jnp.zeros(num_classes))
     carry = (start, solver.init(start), 0, jnp.float32(jnp.inf))
     return jax.lax.while_loop(unfinished, step, carry)[0]
+
+
+def _softmax(scores, y):
+    return optax.softmax_cross_entropy_with_integer_labels(scores, y).mean()
+
+
+def _sigmoid(scores, y, weight):
+    total = weight.sum(0)
+    each = jnp.sum(weight * optax.sigmoid_binary_cross_entropy(scores, y), axis=0)
+    return jnp.sum(each / jnp.where(total > 0, total, 1.0))
 
 
 def _choose(x, y, l2s: Sequence[float], steps: int, num_classes: int) -> float:

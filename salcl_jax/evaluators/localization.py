@@ -1,17 +1,16 @@
 """How well saliency maps and ROIs find the annotated objects, with chance levels beside them.
 
-Every score is computed per image first and averaged last, over the images that have boxes. A
-ground-truth box without area is padding.
+Every score is computed per image first and averaged last, over the images that have boxes (masks:
+that have object and background). A ground-truth box without area is padding.
 """
 
 from collections.abc import Callable, Iterable
 
 import numpy as np
 
+from salcl_jax.evaluators import chance, map_masks
 from salcl_jax.types import HostBatch, Rois
 
-CENTRAL_BOX = (0.15, 0.15, 0.85, 0.85)  # about half of the canvas: the usual centre prior
-WHOLE_CANVAS = (0.0, 0.0, 1.0, 1.0)
 MATCH = 0.5  # intersection over union from which two boxes count as the same
 
 
@@ -19,55 +18,108 @@ def evaluate(maps_fn: Callable, batches: Iterable[HostBatch]) -> dict[str, float
     """Localisation scores over all images with ground truth, named 'localization/...'.
 
     maps_fn(images uint8 [n, s, s, 3]) returns (maps [n, h, w] in [0, 1], Rois) as numpy arrays; a
-    batch needs 'boxes' [n, k, 4] and may have 'mask' [n]. Images without boxes are only counted.
-    'inside_ratio' is NaN where all is dark outside the boxes, or no image has both sides.
-    Raises ValueError where a batch has no boxes or no image of any batch has one.
+    batch needs 'boxes' [n, k, 4] and may have 'masks' uint8 [n, t, t] (0 background, 255 unknown,
+    the rest objects) and 'mask' [n], False for padding examples. 'recall@0.5/r<r>' and
+    'coverage/r<r>' are those of the r valid ROIs of highest score, without '/r<r>' of all.
+    Images without boxes are only counted, but for their mask. 'inside_ratio' is NaN where all is
+    dark outside the boxes, or no image has both sides. Raises ValueError where a batch has no boxes
+    or no image of any batch has one.
     """
-    rows, without = [], 0
+    return summarise(collect(maps_fn, batches))
+
+
+def collect(maps_fn: Callable, batches: Iterable[HostBatch]) -> dict[str, np.ndarray]:
+    """Scores of each image as columns [n], NaN where it has none; arguments as for `evaluate`.
+
+    'index' is an image's position in the set, padding examples not counted, 'id' its number in the
+    source where the batch has 'id' (else the index), 'boxes' how many it has.
+    """
+    parts, seen = [], 0
     for batch in batches:
         if "boxes" not in batch:
             raise ValueError("localization: the batch has no 'boxes'; use a source that has them")
+        keep = np.asarray(batch.get("mask", np.ones(len(batch["boxes"]), bool)), bool)
+        if not keep.any():
+            continue
         maps, rois = maps_fn(batch["image"])
-        real = real_boxes(batch["boxes"]).any(-1)
-        mask = np.asarray(batch.get("mask", np.ones(len(real), bool)), bool)
-        without += int(np.sum(mask & ~real))
-        keep = mask & real
-        if keep.any():
-            rois = Rois(*(np.asarray(x)[keep] for x in rois))
-            rows.append(per_image(np.asarray(maps)[keep], rois, batch["boxes"][keep]))
-    if not rows:
+        maps, boxes = np.asarray(maps)[keep], batch["boxes"][keep]
+        index = seen + np.arange(len(boxes))
+        seen += len(boxes)
+        part = per_image(maps, Rois(*(np.asarray(x)[keep] for x in rois)), boxes, index)
+        part |= map_masks.scores(maps, batch["masks"][keep] if "masks" in batch else None)
+        which = {"index": index, "id": batch["id"][keep] if "id" in batch else index}
+        parts.append({**which, "boxes": real_boxes(boxes).sum(-1), **part})
+    if not any(part["boxes"].any() for part in parts):
         raise ValueError("localization: no image has a ground-truth box; check the data")
-    scores = {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}
-    inside, outside = (_mean(scores.pop(name)) for name in ("inside", "outside"))
-    result = {name: _mean(values) for name, values in scores.items()}
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def summarise(columns: dict[str, np.ndarray]) -> dict[str, float]:
+    """Means of the columns of `collect`: what `evaluate` returns.
+
+    Scores against masks are left out where no image has a mask with object and background.
+    """
+    masked = int(np.sum(~np.isnan(columns["mask_ap"])))
+    aside = ("index", "id", "boxes", "inside", "outside", *(() if masked else map_masks.NAMES))
+    result = {name: _mean(values) for name, values in columns.items() if name not in aside}
     # Not the mean of ratios: one image that is dark outside its boxes would decide that.
+    inside, outside = _mean(columns["inside"]), _mean(columns["outside"])
     result["inside_ratio"] = inside / outside if outside else float("nan")
-    result["images"] = float(len(scores["pointing"]))
-    result["images_without_boxes"] = float(without)
+    result["images"] = float(np.sum(columns["boxes"] > 0))
+    result["images_without_boxes"] = float(np.sum(columns["boxes"] == 0))
+    if masked:
+        result["images_with_masks"] = float(masked)
     return {f"localization/{name}": value for name, value in result.items()}
 
 
-def per_image(maps: np.ndarray, rois: Rois, boxes: np.ndarray) -> dict[str, np.ndarray]:
-    """Scores [n] of each image: maps [n, h, w], ROIs [n, r, ...], ground truth boxes [n, k, 4].
+def per_image(
+    maps: np.ndarray, rois: Rois, boxes: np.ndarray, index: np.ndarray
+) -> dict[str, np.ndarray]:
+    """Scores [n] of each image against boxes [n, k, 4], NaN where it has none.
 
-    'inside' and 'outside' are the mean saliency there, both NaN where the boxes cover all.
+    maps [n, h, w]; rois of [n, r]; index [n]: positions in the set, which fix the random boxes of
+    chance. 'inside' and 'outside' are the mean saliency there, both NaN where the boxes cover all.
     """
     inside, outside, area = saliency_means(maps, boxes)
     centre = np.full((len(boxes), 1, 2), 0.5)
-    fixed = {name: np.tile(np.float64(box), (len(boxes), 1, 1))
-             for name, box in (("center", CENTRAL_BOX), ("whole", WHOLE_CANVAS))}
-    return {
+    result = {
         "pointing": pointing(maps, boxes),
-        "corloc": corloc(rois, boxes),
-        "best_iou": best_iou(rois, boxes),
-        "recall@0.5": recall(rois, boxes),
+        **region_scores(rois, boxes),
         "inside": inside,
         "outside": outside,
         "chance/pointing_center": _inside(centre, boxes)[:, 0].astype(float),
         "chance/pointing_random": area,
-        **{f"chance/corloc_{name}": _matches(iou(box, boxes), boxes)[:, 0].astype(float)
-           for name, box in fixed.items()},
+        **chance_scores(index, boxes, rois.boxes.shape[1]),
     }
+    known = real_boxes(boxes).any(-1)
+    return {name: np.where(known, values, np.nan) for name, values in result.items()}
+
+
+def region_scores(rois: Rois, boxes: np.ndarray) -> dict[str, np.ndarray]:
+    """Scores [n] of ROIs of [n, r] against boxes [n, k, 4]: of all, and of the best r for every r."""
+    found, cover = recall_at(rois, boxes), coverage_at(rois, boxes)
+    result = {"corloc": corloc(rois, boxes), "best_iou": best_iou(rois, boxes)}
+    result |= {"recall@0.5": found[:, -1], "coverage": cover[:, -1]}
+    for r in range(found.shape[1]):
+        result |= {f"recall@0.5/r{r + 1}": found[:, r], f"coverage/r{r + 1}": cover[:, r]}
+    return result
+
+
+def chance_scores(index: np.ndarray, boxes: np.ndarray, count: int) -> dict[str, np.ndarray]:
+    """What `region_scores` gives for `count` random boxes an image, the central box and the canvas.
+
+    Names: 'chance/<score>_random', also at r ('chance/coverage_random/r2'); '_center' and '_whole',
+    which are one box, without. Random boxes: the mean over chance.DRAWS sets.
+    """
+    result, repeated = {}, np.repeat(boxes, chance.DRAWS, axis=0)
+    for name, values in region_scores(chance.random_rois(index, count), repeated).items():
+        name, slash, r = name.partition("/")
+        result[f"chance/{name}_random{slash}{r}"] = values.reshape(-1, chance.DRAWS).mean(-1)
+    for kind, box in (("center", chance.CENTRAL_BOX), ("whole", chance.WHOLE_CANVAS)):
+        for name, values in region_scores(chance.fixed_rois(box, len(boxes)), boxes).items():
+            if "/" not in name:
+                result[f"chance/{name}_{kind}"] = values
+    return result
 
 
 def pointing(maps: np.ndarray, boxes: np.ndarray) -> np.ndarray:
@@ -97,9 +149,17 @@ def best_iou(rois: Rois, boxes: np.ndarray) -> np.ndarray:
 
 def recall(rois: Rois, boxes: np.ndarray) -> np.ndarray:
     """Share of the ground-truth boxes that some valid ROI matches [n]; NaN without boxes."""
-    found = (_valid_iou(rois, boxes) >= MATCH).any(-2)
-    count = real_boxes(boxes).sum(-1)
-    return np.where(count > 0, found.sum(-1) / np.maximum(count, 1), np.nan)
+    return recall_at(rois, boxes)[:, -1]
+
+
+def recall_at(rois: Rois, boxes: np.ndarray) -> np.ndarray:
+    """Share of the boxes matched by one of the r valid ROIs of highest score, [n, r]."""
+    return _mean_over_boxes(_best_so_far(rois, boxes) >= MATCH, boxes)
+
+
+def coverage_at(rois: Rois, boxes: np.ndarray) -> np.ndarray:
+    """Mean over the boxes of the best intersection over union with the r best valid ROIs, [n, r]."""
+    return _mean_over_boxes(_best_so_far(rois, boxes), boxes)
 
 
 def saliency_means(
@@ -146,6 +206,19 @@ def real_boxes(boxes: np.ndarray) -> np.ndarray:
 def _valid_iou(rois: Rois, boxes: np.ndarray) -> np.ndarray:
     counts = np.asarray(rois.valid, bool)[:, :, None] & real_boxes(boxes)[:, None, :]
     return np.where(counts, iou(rois.boxes, boxes), 0.0)
+
+
+def _best_so_far(rois: Rois, boxes: np.ndarray) -> np.ndarray:
+    """Best overlap of each box with the r valid ROIs of highest score (the first of equals): [n, r, k]."""
+    order = np.argsort(np.where(rois.valid, -rois.score, np.inf), axis=-1, kind="stable")
+    ranked = np.take_along_axis(_valid_iou(rois, boxes), order[:, :, None], axis=1)
+    return np.maximum.accumulate(ranked, axis=1)
+
+
+def _mean_over_boxes(values: np.ndarray, boxes: np.ndarray) -> np.ndarray:
+    """Mean over the last axis of [n, r, k], which is 0 for padding; NaN without boxes."""
+    count = real_boxes(boxes).sum(-1)[:, None].astype(float)
+    return values.sum(-1) / np.where(count > 0, count, np.nan)
 
 
 def _matches(overlap: np.ndarray, boxes: np.ndarray) -> np.ndarray:

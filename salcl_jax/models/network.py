@@ -61,7 +61,7 @@ class Network:
         """Activations of normalised images, all views in one pass, and new encoder statistics.
 
         Returns 'stage1' .. 'stage4' [b, v, h, w, d] in the compute dtype and 'pooled' [b, v, d]
-        float32; a ResNet adds 'stem' [b, v, h, w, d], a ViT 'attention' [b, v, heads, h, w].
+        float32; a ResNet adds 'conv1' and 'stem' [b, v, h, w, d], a ViT 'attention' [b, v, heads, h, w].
         """
         return _apply(self.encoder, params["encoder"], batch_stats["encoder"], images, train)
 

@@ -43,14 +43,14 @@ class Stem(nn.Module):
     @nn.compact
     def __call__(
         self, x: Float[Array, "n p q 3"], views: int, train: bool
-    ) -> Float[Array, "n h w d"]:
-        """[n, p, p, 3] -> [n, p / stride, p / stride, width], rounded up."""
+    ) -> tuple[Float[Array, "n i j d"], Float[Array, "n h w d"]]:
+        """[n, p, p, 3] -> [n, p / stride, p / stride, width], rounded up, before and after the pool."""
         kernel, stride = {"imagenet": (7, 2), "stride16": (3, 2), "cifar": (3, 1)}[self.kind]
         x = conv(self.width, kernel, stride, self.dtype, "conv")(x)
         x = nn.relu(ViewBatchNorm(dtype=self.dtype, name="norm")(x, views, train))
         if self.kind == "imagenet":
-            x = nn.max_pool(x, (3, 3), (2, 2), padding=((1, 1), (1, 1)))  # pads with -inf
-        return x
+            return x, nn.max_pool(x, (3, 3), (2, 2), padding=((1, 1), (1, 1)))  # pads with -inf
+        return x, x
 
 
 class BasicBlock(nn.Module):
@@ -123,15 +123,18 @@ class ResNet(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "n p q 3"], *, views: int, train: bool) -> dict[str, Array]:
-        """Activations {'stem', 'stage1', ..., 'stage4'} [n, h, w, d] and 'pooled' [n, d] float32.
+        """Activations {'conv1', 'stem', 'stage1', ..., 'stage4'} [n, h, w, d], 'pooled' [n, d] float32.
+
+        'conv1' is the stem before its max pool.
 
         x: normalised images, [b, v] flattened. Raises ValueError for an unknown stem.
         """
         if self.stem not in STEMS:
             raise ValueError(f"ResNet: unknown stem {self.stem!r}; choose one of {STEMS}.")
         block = nn.remat(self.block, static_argnums=(2, 3)) if self.remat else self.block
-        x = Stem(self.width, self.stem, self.dtype, name="stem")(x.astype(self.dtype), views, train)
-        outputs = {"stem": x}
+        stem = Stem(self.width, self.stem, self.dtype, name="stem")
+        first, x = stem(x.astype(self.dtype), views, train)
+        outputs = {"conv1": first, "stem": x}
         for stage, (name, count) in enumerate(zip(STAGE_NAMES, self.blocks, strict=True)):
             for i in range(count):
                 x = block(

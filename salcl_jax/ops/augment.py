@@ -13,6 +13,10 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
+# Principal components of ImageNet's pixels in [0, 1]: a column of (r, g, b) each, and their deviations.
+_COLOURS = ((-0.5675, 0.7192, 0.4009), (-0.5808, -0.0045, -0.8140), (-0.5836, -0.6948, 0.4203))
+_COLOUR_SPREAD = (0.2175, 0.0188, 0.0045)
+
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
 
 Scalar = Float[Array, ""] | float
@@ -173,6 +177,18 @@ def gaussian_blur(crop: Float[Array, "p p 3"], sigma: Scalar) -> Float[Array, "p
 def solarize(crop: Float[Array, "p p 3"], threshold: Scalar) -> Float[Array, "p p 3"]:
     """Invert the values at or above the threshold."""
     return jnp.where(crop < threshold, crop, 1.0 - crop)
+
+
+def lighting(
+    key: PRNGKeyArray, crops: Float[Array, "b v p p 3"], strength: float
+) -> Float[Array, "b v p p 3"]:
+    """Adds to each crop a random mixture of the principal colours of ImageNet (Krizhevsky et al. 2012).
+
+    strength: standard deviation of the mixture, in deviations of those colours.
+    """
+    share = strength * jax.random.normal(key, (*crops.shape[:2], 3))
+    shift = jnp.einsum("bvc,c,rc->bvr", share, jnp.array(_COLOUR_SPREAD), jnp.array(_COLOURS))
+    return crops + shift[:, :, None, None, :]
 
 
 def normalize(

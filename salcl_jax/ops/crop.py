@@ -68,3 +68,13 @@ def random_resized_crop_boxes(
         return jnp.stack([y0, x0, jnp.minimum(y0 + h, 1.0), jnp.minimum(x0 + w, 1.0)], axis=-1)
 
     return jax.vmap(draw)(jax.random.split(key, aspect.shape[0]), aspect)
+
+
+def center_boxes(aspect: Float[Array, "b"], share: float = 0.875) -> Float[Array, "b 4"]:
+    """Central square of each photo, its side `share` of the photo's shorter side.
+
+    aspect: width / height of the photos that fill the canvases. The default shows what resizing the
+    shorter side to 256 pixels and cutting out the central 224 shows.
+    """
+    size = share * jnp.stack([jnp.minimum(aspect, 1.0), jnp.minimum(1.0 / aspect, 1.0)], axis=-1)
+    return box_ops.from_center_size(jnp.full_like(size, 0.5), size)

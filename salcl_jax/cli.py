@@ -1,0 +1,94 @@
+"""What the programs share on the command line: flags with one-line errors, exit codes, a quiet start."""
+
+import os
+import re
+import sys
+from collections.abc import Callable
+from typing import NoReturn
+
+from absl import flags, logging
+
+from salcl_jax import config as config_lib
+from salcl_jax.validation import validate
+
+USER_ERROR = 2  # exit code: something to mend in the command, configuration or data
+
+
+def parser(config: flags.FlagHolder, check: Callable[[], None]) -> Callable[[list[str]], list[str]]:
+    """Flags parser for `absl.app.run`: anything wrong with the command is one line and exit code 2.
+
+    `check` looks at the other flags, after the configuration was validated, and raises `flags.Error`.
+    """
+
+    def parse(argv: list[str]) -> list[str]:
+        try:
+            rest = flags.FLAGS(argv)
+            if len(rest) > 1:
+                hint = "options look like --config.batch_size=64"
+                raise flags.Error(f"unexpected argument {rest[1]!r}: {hint}")
+            validate(config.value)
+            check()
+            return rest
+        except Exception as error:  # absl, ml_collections and config files raise many kinds
+            leave(_explain(error, argv))
+
+    return parse
+
+
+def writable(flag: str, path: str) -> None:
+    """Raise `flags.Error` where a folder cannot be made at `path`; buckets are not looked at."""
+    above = os.path.abspath(path)
+    while not os.path.exists(above):
+        above = os.path.dirname(above)
+    if "://" not in path and not (os.path.isdir(above) and os.access(above, os.W_OK)):
+        raise flags.Error(f"--{flag}={path}: {above} is not a folder that can be written to")
+
+
+def start(distributed: str) -> None:
+    """Connect the processes and keep the libraries quiet; call it before anything else touches jax."""
+    logging.set_verbosity(logging.ERROR)
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # decoding needs it not, and it prints
+    from salcl_jax import sharding
+
+    try:
+        sharding.initialize_distributed(distributed)
+    except (RuntimeError, ValueError) as error:  # no such platform, or the others did not come
+        leave(str(error))
+
+
+def say(line: str) -> None:
+    """A line on stderr."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def leave(text: str) -> NoReturn:
+    """One line for the user, whatever was raised."""
+    say(f"error: {' '.join(text.split())}")
+    sys.exit(USER_ERROR)
+
+
+def _explain(error: Exception, argv: list[str]) -> str:
+    """What is wrong, without what absl and ml_collections wrap around it."""
+    text = str(error).replace("\\n", " ").replace("\\", "")  # a KeyError quotes its words
+    given = [arg.lstrip("-").partition("=")[::2] for arg in argv]
+    follows = dict(zip((name for name, _ in given), [*argv[1:], ""], strict=True))
+    file = (dict(given).get("config") or follows.get("config", "")).split(":")[0]
+    if not file:
+        return "give --config=configs/NAME.py, before its fields"
+    if not os.path.isfile(file):
+        return (
+            f"--config={file}: no such file from {os.getcwd()}; run in the root of the repository, or "
+            "give the file's full path"
+        )
+    if "Traceback (most recent call last)" in text:  # raised by the config file; the last line says what
+        cause = text.strip().splitlines()[-1]
+        return f"--config={file}: {cause.removeprefix('salcl_jax.config.ConfigError: ')}"
+    if isinstance(error, (flags.Error, config_lib.ConfigError)):
+        return text
+    field = re.search(r"\.(\w+) does not exist", text) or re.search(r"'(\w+)'", text)
+    for name, _ in given:
+        if field and name.startswith("config.") and field[1] in name.split("."):
+            close = re.search(r'Did you mean "(\w+)"', text)
+            return f"--{name}: no such field" + (f"; did you mean {close[1]}?" if close else "")
+    return f"--config={file}: {type(error).__name__}: {text}"

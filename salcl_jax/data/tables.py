@@ -1,0 +1,182 @@
+"""What files say about photos: CSV labels, COCO JSON, segmentations, lists of photos to keep."""
+
+import csv
+import json
+import os
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from salcl_jax.data.files import locate, read_text, stats
+
+_SHOWN = 12  # values a message lists
+
+
+class Table(NamedTuple):
+    """Paths of n photos, columns of n entries each, and the names of the classes."""
+
+    files: list[str]
+    columns: dict[str, list]
+    class_names: tuple[str, ...] = ()
+
+
+def folder_labels(files: list[str]) -> Table:
+    """The parent folder's name is the class; classes are numbered by name."""
+    parents = [os.path.basename(os.path.dirname(path)) for path in files]
+    names = tuple(sorted(set(parents)))
+    number = {name: i for i, name in enumerate(names)}
+    return Table(files, {"label": [number[parent] for parent in parents]}, names)
+
+
+def coco(path: str, roots: tuple[str, ...], files: list[str]) -> Table:
+    """Boxes, classes and difficult of COCO-style JSON; crowds are dropped, photos without stay."""
+    data = json.loads(read_text(path))
+    categories = sorted(data["categories"], key=lambda category: category["id"])
+    number = {category["id"]: i for i, category in enumerate(categories)}
+    objects: dict[Any, list[tuple]] = {image["id"]: [] for image in data["images"]}
+    for note in data["annotations"]:
+        if not note.get("iscrowd") and note["image_id"] in objects:
+            hard = bool(note.get("difficult") or note.get("ignore"))
+            objects[note["image_id"]].append((note["bbox"], number[note["category_id"]], hard))
+    columns: dict[str, list] = {"boxes": [], "classes": [], "difficult": []}
+    for image in data["images"]:
+        found = objects[image["id"]]
+        x, y, w, h = np.array([box for box, _, _ in found], np.float64).reshape(-1, 4).T
+        wide, high = image["width"], image["height"]
+        corners = np.stack([y / high, x / wide, (y + h) / high, (x + w) / wide], 1)
+        columns["boxes"].append(np.clip(corners, 0, 1).astype(np.float32))
+        columns["classes"].append(np.array([kind for _, kind, _ in found], np.int32))
+        columns["difficult"].append(np.array([hard for _, _, hard in found], bool))
+    files = locate([image["file_name"] for image in data["images"]], roots, files, path)
+    return Table(files, columns, tuple(category["name"] for category in categories))
+
+
+def labels(path: str, roots: tuple[str, ...], files: list[str], where: Sequence[tuple[str, str]]) -> Table:
+    """Rows of a CSV file with columns file and label, those that `where` keeps."""
+    rows = _rows(path, ("file", "label"), where)
+    numbers, names = _numbers(rows)  # before the choice of rows: all splits share one numbering
+    chosen = _choose(rows, where, path)
+    bases = (os.path.dirname(path), *roots)
+    found = locate([rows[i]["file"] for i in chosen], bases, files, path)
+    return Table(found, {"label": [numbers[i] for i in chosen]}, names)
+
+
+def segmentations(
+    path: str, roots: tuple[str, ...], files: list[str], where: Sequence[tuple[str, str]]
+) -> Table:
+    """Rows of a CSV file with columns file and segment_files (blank-separated, from its folder)."""
+    rows = _rows(path, ("file", "segment_files"), where)
+    rows = [rows[i] for i in _choose(rows, where, path)]
+    home = os.path.dirname(path)
+    found = locate([row["file"] for row in rows], (home, *roots), files, path)
+    maps = [tuple(os.path.join(home, m) for m in row["segment_files"].split()) for row in rows]
+    bare = next((row["file"] for row, m in zip(rows, maps, strict=True) if not m), None)
+    if bare is not None:
+        raise ValueError(f"{path}: {bare} has no segment_files; name one at least or drop the row")
+    if stats(maps[0][:1]) == [(-1, -1)]:  # of the others, files that are missing are passed over
+        raise FileNotFoundError(f"{path}: {maps[0][0]} of {rows[0]['file']}: no such file; check its folder")
+    return Table(found, {"segments": maps}, ("region",))
+
+
+def parse_where(text: str) -> list[tuple[str, str]]:
+    """'column=value[,column=value]' -> pairs. Raises ValueError."""
+    pairs = []
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        column, sign, value = part.partition("=")
+        if not sign or not column.strip():
+            raise ValueError(f"data.where {text!r}: {part!r} is not column=value")
+        pairs.append((column.strip(), value.strip()))
+    return pairs
+
+
+def _rows(path: str, needed: Sequence[str], where: Sequence[tuple[str, str]]) -> list[dict]:
+    reader = csv.DictReader(read_text(path).splitlines())
+    header = reader.fieldnames or ()
+    missing = {*needed, *(column for column, _ in where)} - set(header)
+    if missing:
+        has = ", ".join(header) or "no header"
+        raise ValueError(f"{path}: no column {', '.join(sorted(missing))}; it has {has}")
+    return list(reader)
+
+
+def _choose(rows: list[dict], where: Sequence[tuple[str, str]], path: str) -> list[int]:
+    if not rows:
+        raise ValueError(f"{path}: has a header but no rows; add them")
+    chosen = [i for i, row in enumerate(rows) if all(row[column] == v for column, v in where)]
+    if not chosen:
+        asked = ", ".join(f"{column}={value}" for column, value in where)
+        has = "; ".join(f"{column} has {_values(rows, column)}" for column, _ in where)
+        raise ValueError(f"{path}: no row with {asked}; {has}")
+    return chosen
+
+
+def _values(rows: list[dict], column: str) -> str:
+    values = sorted({row[column] or "''" for row in rows})
+    return ", ".join(values[:_SHOWN]) + (" ..." if len(values) > _SHOWN else "")
+
+
+def _numbers(rows: list[dict]) -> tuple[list[int], tuple[str, ...]]:
+    """Integer labels are kept, with `name` as class names if given; words are numbered."""
+    words = [row["label"] for row in rows]
+    if words and all(word.isdigit() for word in words):
+        numbers = [int(word) for word in words]
+        known = {label: row.get("name") for label, row in zip(numbers, rows, strict=True)}
+        return numbers, tuple(known.get(i) or str(i) for i in range(max(numbers) + 1))
+    names = tuple(sorted(set(words)))
+    number = {name: i for i, name in enumerate(names)}
+    return [number[word] for word in words], names
+
+
+def restrict(table: Table, path: str, roots: tuple[str, ...]) -> Table:
+    """The photos that a text file lists, in its order: a relative path or a bare file name a line.
+
+    An integer after the last blank is the photo's label. Raises ValueError naming a line that is
+    no photo of the table, or that could be several.
+    """
+    listed = _parse_list(path)
+    places = {os.path.normpath(file): i for i, file in enumerate(table.files)}
+    bare: dict[str, list[int]] = {}
+    for i, file in enumerate(table.files):
+        bare.setdefault(os.path.basename(file), []).append(i)
+    kept: dict[int, int] = {}
+    for name, label in listed:
+        if os.path.basename(name) == name:
+            found = bare.get(name, [])
+        else:
+            paths = (os.path.normpath(os.path.join(root, name)) for root in roots)
+            found = sorted({places[p] for p in paths if p in places})
+        if not found:
+            few = f"the {len(table.files)} photos below {' or '.join(roots)}"
+            raise ValueError(f"{path}: {name} is not among {few}; fix the list or data.roots")
+        if len(found) > 1:
+            pair = " or ".join(table.files[i] for i in found[:2])
+            raise ValueError(f"{path}: {name} may be {pair}; list paths that tell them apart")
+        if kept.setdefault(found[0], label) != label:
+            raise ValueError(f"{path}: {name} is listed with two labels; drop one")
+    columns = {key: [column[i] for i in kept] for key, column in table.columns.items()}
+    short = Table([table.files[i] for i in kept], columns, table.class_names)
+    return short if listed[0][1] < 0 else _relabel(short, list(kept.values()), path)
+
+
+def _parse_list(path: str) -> list[tuple[str, int]]:
+    """(name, label) a line; label -1 throughout where the file gives none."""
+    found = []
+    for line in filter(None, map(str.strip, read_text(path).splitlines())):
+        name, *last = line.rsplit(maxsplit=1)
+        found.append((name, int(last[0])) if last and last[0].isdecimal() else (line, -1))
+    if not found:
+        raise ValueError(f"{path}: lists no photo; write one name a line")
+    odd = next((name for name, label in found if (label < 0) != (found[0][1] < 0)), None)
+    if odd is not None:
+        raise ValueError(f"{path}: some lines have a label, some not ({odd}); give all or none one")
+    return found
+
+
+def _relabel(table: Table, numbers: list[int], path: str) -> Table:
+    if table.class_names and "label" not in table.columns:
+        raise ValueError(f"{path}: has labels, and the photos have boxes with classes; drop one of the two")
+    names = tuple(str(i) for i in range(max(numbers) + 1))
+    if table.columns.get("label") == numbers:
+        names = table.class_names  # the same numbering, so its names hold
+    return Table(table.files, {**table.columns, "label": numbers}, names)

@@ -1,0 +1,168 @@
+"""Judge a checkpoint: `python -m salcl_jax.evaluate --config=CONFIG --checkpoint=DIR --task=knn,linear`.
+
+The network and its map are those recorded in the checkpoint; photos and protocols are the fields
+`config.tasks` and `config.eval`. Writes eval.json, eval.md and plots. Exit codes: 0 done, 2 something to
+mend in the command, configuration or data.
+"""
+
+import os
+import sys
+import time
+import traceback
+from datetime import datetime
+from typing import Any
+
+from absl import app, flags
+from ml_collections import config_flags
+
+from salcl_jax import cli
+from salcl_jax import config as config_lib
+from salcl_jax.evaluators import TASKS
+from salcl_jax.validation import validate, validate_task
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "configuration file[:variants]", lock_config=True)
+_CHECKPOINT = flags.DEFINE_string("checkpoint", None, "workdir of a run, or one STEP of its checkpoints")
+_TASK = flags.DEFINE_list("task", "summary", f"summary (config.tasks.summary), or some of {', '.join(TASKS)}")
+_OUT = flags.DEFINE_string("out", None, "folder of the results; WORKDIR/eval if not given")
+RECORDED = ("seed", "model", "saliency", "roi")  # decided by the checkpoint, but for the command line
+
+
+def chosen_tasks(names: list[str], summary: tuple[str, ...]) -> list[str]:
+    """The tasks to run, each once; raises `flags.Error` for one that does not exist."""
+    found = [task for name in names for task in (summary if name == "summary" else (name,))]
+    for name in found:
+        if name not in TASKS:
+            raise flags.Error(f"--task={name}: no such task; there are summary, {', '.join(TASKS)}")
+    return list(dict.fromkeys(found))
+
+
+def out_folder(checkpoint: str, out: str | None) -> str:
+    """Where results go: `out`, or the folder 'eval' of the checkpoint's workdir."""
+    if out:
+        return out
+    workdir = os.path.abspath(os.path.expanduser(checkpoint))
+    workdir = os.path.dirname(workdir) if os.path.basename(workdir).isdigit() else workdir
+    workdir = os.path.dirname(workdir) if os.path.basename(workdir) == "checkpoints" else workdir
+    return os.path.join(workdir, "eval")
+
+
+def _check() -> None:
+    if not _CHECKPOINT.value:
+        raise flags.Error("give --checkpoint=DIR, the workdir of a run")
+    for task in chosen_tasks(_TASK.value, _CONFIG.value.tasks.summary):
+        validate_task(_CONFIG.value, task)
+    remote = "://" in _CHECKPOINT.value
+    if remote and not _OUT.value:
+        raise flags.Error(f"--checkpoint={_CHECKPOINT.value}: give --out=DIR, a local folder for the results")
+    if not remote and not os.path.isdir(os.path.expanduser(_CHECKPOINT.value)):
+        raise flags.Error(f"--checkpoint={_CHECKPOINT.value}: no such folder")
+    cli.writable("out", out_folder(_CHECKPOINT.value, _OUT.value))
+
+
+def main(_: list[str]) -> None:
+    """Run the tasks that the flags describe."""
+    config = _CONFIG.value
+    cli.start(config.distributed)
+    overridden = config_flags.get_override_values(flags.FLAGS["config"])
+    out = out_folder(_CHECKPOINT.value, _OUT.value)
+    try:
+        evaluate(config, _CHECKPOINT.value, chosen_tasks(_TASK.value, config.tasks.summary), out, overridden)
+    except (ValueError, OSError, RuntimeError, ImportError) as error:
+        cli.leave(f"{error} (traceback: {_keep_traceback(out)})")
+
+
+def _keep_traceback(out: str) -> str:
+    """Most errors are the data's or the command's and say what to do; for the others there is a file."""
+    os.makedirs(out, exist_ok=True)
+    path = os.path.join(out, "traceback.txt")
+    with open(path, "w", encoding="utf-8") as file:
+        traceback.print_exc(file=file)
+    return path
+
+
+def evaluate(
+    config: Any, checkpoint: str, names: list[str], out: str, overridden: dict | None = None
+) -> dict[str, dict[str, dict[str, float]]]:
+    """Figures {task: {trained, untrained, pixels: {name: value}}}, also written to the folder `out`.
+
+    overridden: fields given explicitly, which the checkpoint's record does not replace. Raises ValueError
+    and OSError with one line for what the user has to mend; nothing is computed before all data is open.
+    """
+    from salcl_jax import report, tasks
+
+    began = time.monotonic()
+    judge, subjects, step = _open(config, checkpoint, overridden or {})
+    about = {name: tasks.about(name, judge) for name in names}  # opens all photos: what lacks, lacks now
+    results: dict[str, dict[str, dict[str, float]]] = {}
+    for name in names:
+        results[name] = {
+            subject.name: tasks.run(name, judge, subject)
+            for subject in subjects
+            if subject.state is not None or name in tasks.PIXELS
+        }
+        if _is_main():
+            print(f"\n{report.text_table({name: results[name]})}", flush=True)
+    galleries = {}
+    if "localization" in names and judge.config.tasks.localization.gallery:
+        galleries["localization_gallery"] = tasks.gallery(judge, subjects[0])
+    if _is_main():
+        meta = _meta(judge, checkpoint, step, time.monotonic() - began)
+        files = report.write(out, results, about, meta, galleries)
+        print("\n" + "\n".join(files), flush=True)
+    return results
+
+
+def _open(config: Any, checkpoint: str, overridden: dict) -> tuple:
+    """The judge, what it judges, and the step of the checkpoint."""
+    import jax
+
+    from salcl_jax import checkpoint as checkpoint_lib
+    from salcl_jax import feature_cache, sharding, train, writer
+    from salcl_jax.judge import Judge
+    from salcl_jax.models.network import build
+    from salcl_jax.train_step import make_init
+
+    train.use_compilation_cache()
+    mesh = sharding.make_mesh()
+    config = config_lib.ConfigDict(config.to_dict())
+    recorded = checkpoint_lib.load_extra(checkpoint).get("fields", {})
+    config_lib.recall(config, recorded, RECORDED, overridden)
+    validate(config)
+    network = build(**config.model)
+    init = make_init(network, config_lib.finish(config, devices=1, images=1))
+    whole = sharding.replicated(mesh)
+    untrained = jax.jit(lambda: init()._replace(opt_state=()), out_shardings=whole)()
+    trees, step = checkpoint_lib.load_networks(checkpoint, checkpoint_lib.abstract_like(untrained, whole))
+    trained = untrained._replace(**jax.jit(lambda t: t, out_shardings=whole)(trees))
+    cache = {"": feature_cache.user_folder("features"), "none": None}
+    folder = cache.get(config.tasks.cache, config.tasks.cache)
+    judge = Judge(network, config, mesh, folder, **({"watch": writer.watch} if _is_main() else {}))
+    states = {"trained": trained, "untrained": untrained, "pixels": None}
+    names = ("trained", *(name for name in states if name in config.tasks.baselines))
+    return judge, [judge.subject(name, states[name]) for name in names], step
+
+
+def _is_main() -> bool:
+    import jax
+
+    return jax.process_index() == 0
+
+
+def _meta(judge: Any, checkpoint: str, step: int, seconds: float) -> dict[str, Any]:
+    import jax
+
+    from salcl_jax import writer
+
+    c = judge.config
+    return {
+        "checkpoint": checkpoint, "step": step, "branch": c.eval.branch,
+        "network": f"{c.model.name}, width {c.model.width}, stem {c.model.stem}",
+        "size": c.eval.size, "seed": c.seed,
+        "hardware": f"{judge.mesh.size} x {jax.devices()[0].device_kind}", "versions": writer.versions(),
+        "command": " ".join(["python -m salcl_jax.evaluate", *sys.argv[1:]]), "seconds": round(seconds, 1),
+        "date": datetime.now().astimezone().isoformat(timespec="seconds"),
+    }  # fmt: skip
+
+
+if __name__ == "__main__":
+    app.run(main, flags_parser=cli.parser(_CONFIG, _check))

@@ -1,0 +1,135 @@
+"""The protocols, each a function (judge, subject) -> figures: which photos, features and evaluator."""
+
+from functools import partial
+
+import numpy as np
+
+from salcl_jax import classify, frozen, report
+from salcl_jax.data.examples import load
+from salcl_jax.data.sources import Source
+from salcl_jax.evaluators import (
+    TASKS,
+    average_precision,
+    features,
+    localization,
+    multilabel,
+    segmentation,
+    voc_svm,
+)
+from salcl_jax.judge import Judge, Subject
+
+Figures = dict[str, float]
+PIXELS = ("linear", "knn", "voc_svm", "multilabel", "segmentation")  # where raw pixels are a baseline
+
+
+def run(task: str, judge: Judge, subject: Subject) -> Figures:
+    """Figures of one task on one subject, named 'task/...'; ValueError for data that does not suit it."""
+    protocols = {
+        "linear": classify.linear_probe, "knn": classify.knn, "semi": classify.semi, "voc_svm": _voc_svm,
+        "multilabel": _multilabel, "localization": _localization, "segmentation": _segmentation,
+    }  # fmt: skip
+    return protocols[task](judge, subject)
+
+
+def about(task: str, judge: Judge) -> dict[str, str]:
+    """Protocol and photos of a task, in words for a report."""
+    c, saliency = judge.config.tasks, judge.config.saliency
+    protocol = {
+        "linear": classify.linear_protocol(c.linear),
+        "knn": f"weighted k-NN, cosine, temperature {c.knn.temperature:g} (Wu et al. 2018)",
+        "semi": f"fine-tuning, {c.semi.epochs} epochs, {len(c.semi.rates)} x {len(c.semi.multipliers)} rates "
+                f"chosen by {c.semi.choose.replace('_', ' ')} (ORL)",
+        "voc_svm": f"linear SVMs on {', '.join(c.voc_svm.levels)}, 19 costs, 3-fold choice (VOC07, ORL)",
+        "multilabel": "one-vs-rest logistic regression on pooled features, mAP without interpolation",
+        "localization": f"map '{saliency.source}' of the {saliency.branch} network at {saliency.size} px",
+        "segmentation": f"linear probe on {', '.join(c.segmentation.stages)} at {c.segmentation.size} px",
+    }[task]  # fmt: skip
+    parts = {part.split(".")[1]: judge.source(part) for part in TASKS[task]}
+    return {"protocol": protocol} | {
+        name: f"{min(len(s), c.limit or len(s)):,} of {s.name}" for name, s in parts.items()
+    }
+
+
+def _image_labels(table: features.Columns, source: Source) -> np.ndarray:
+    if "classes" not in table or not source.class_names:
+        raise ValueError(f"{source.name}: has no boxes with classes; name a source that has")
+    return average_precision.image_labels(
+        np.asarray(table["classes"]), table.get("difficult"), len(source.class_names)
+    )
+
+
+def _with_image_labels(judge: Judge, subject: Subject, task: str, levels: tuple[str, ...]) -> tuple:
+    """For train and test: features by level and labels of each image; the names of the classes."""
+    sources = [judge.source(f"{task}.{part}") for part in ("train", "test")]
+    if sources[0].class_names != sources[1].class_names:
+        raise ValueError(f"tasks.{task}: train and test have different classes; use one list of categories")
+    tables = [judge.features(subject, source, levels) for source in sources]
+    labels = [_image_labels(table, source) for table, source in zip(tables, sources, strict=True)]
+    return *zip(tables, labels, strict=True), sources[0].class_names
+
+
+def _multilabel(judge: Judge, subject: Subject) -> Figures:
+    train, test, names = _with_image_labels(judge, subject, "multilabel", ("pooled",))
+    examples = [(np.asarray(table["pooled"]), labels) for table, labels in (train, test)]
+    return multilabel.evaluate(*examples, class_names=names, l2s=judge.config.tasks.multilabel.l2)
+
+
+def _voc_svm(judge: Judge, subject: Subject) -> Figures:
+    """Figures of the first level; of further ones as 'voc_svm/<level>/...'."""
+    c = judge.config.tasks.voc_svm
+    levels = ("pooled",) if subject.state is None else tuple(c.levels)
+    train, test, names = _with_image_labels(judge, subject, "voc_svm", levels)
+    figures: Figures = {}
+    for level in levels:
+        found = voc_svm.evaluate(
+            *((np.asarray(table[level]), labels) for table, labels in (train, test)), class_names=names,
+            shots=c.shots, samples=c.samples, jobs=judge.config.tasks.jobs, seed=judge.config.seed,
+        )  # fmt: skip
+        place = "voc_svm/" if level == levels[0] else f"voc_svm/{level}/"
+        figures |= {name.replace("voc_svm/", place, 1): value for name, value in found.items()}
+    return figures
+
+
+def _localization(judge: Judge, subject: Subject) -> Figures:
+    source = judge.source("localization.test")
+    if not source.has_boxes:
+        raise ValueError(f"localization: {source.name} has no boxes; name a source that has")
+    label = f"{subject.name}: maps of {len(source):,} photos"
+    batches = judge.batches(source, label, masks=source.has_masks)
+    columns = localization.collect(partial(judge.maps_fn(), subject.state), batches)
+    judge.kept["localization", subject.name] = columns
+    return localization.summarise(columns)
+
+
+def gallery(judge: Judge, subject: Subject) -> np.ndarray:
+    """Picture of the photos whose objects the regions cover best, middling and worst; after the task."""
+    c, count = judge.config, judge.config.tasks.localization.gallery
+    columns, source = judge.kept["localization", subject.name], judge.source("localization.test")
+    known = np.flatnonzero(columns["boxes"] > 0)
+    order = known[np.argsort(-columns["coverage"][known], kind="stable")]
+    middle = max(0, len(order) // 2 - count // 2)
+    chosen = np.unique(np.r_[order[:count], order[middle : middle + count], order[-count:]])
+    sizes = {"canvas": c.data.canvas, "max_boxes": c.tasks.max_boxes, "max_pixels": c.data.max_pixels}
+    examples = [load(source, int(columns["id"][i]), tries=1, **sizes) for i in chosen]
+    images, boxes = (np.stack([example[name] for example in examples]) for name in ("image", "boxes"))
+    pad = frozen.divisible(len(images), judge.mesh) - len(images)
+    maps, rois = judge.maps_fn()(subject.state, np.concatenate([images, images[:1].repeat(pad, 0)]))
+    rois = type(rois)(*(x[: len(images)] for x in rois))
+    return report.gallery(
+        images, maps[: len(images)], rois, boxes, columns["coverage"][chosen], count=count
+    )
+
+
+def _segmentation(judge: Judge, subject: Subject) -> Figures:
+    c = judge.config.tasks.segmentation
+    sources = [judge.source(f"segmentation.{part}") for part in ("train", "test")]
+    for source in sources:
+        if not source.has_masks:
+            raise ValueError(f"segmentation: {source.name} has no masks; name a source that has")
+    tables = [judge.dense(subject, source) for source in sources]
+    names = ("background", *sources[0].class_names)
+    names = names if len(names) == c.classes else tuple(map(str, range(c.classes)))
+    return segmentation.evaluate(
+        *((table["features"], table["masks"]) for table in tables), num_classes=c.classes,
+        class_names=names, rates=c.rates, epochs=c.epochs, batch_size=c.batch_size, seed=judge.config.seed,
+    )  # fmt: skip
