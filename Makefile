@@ -14,7 +14,7 @@ demo: $(VENV)/.installed
 	$(RUN) -m salcl_jax.main --config=configs/scenes.py --workdir=$(WORKDIR)
 
 test: $(VENV)/.tests-installed
-	$(RUN) -m pytest -n 2
+	$(RUN) -m pytest -n 2 --dist loadgroup
 
 lint: $(VENV)/.tests-installed
 	$(RUN) -m ruff check .

@@ -1,0 +1,278 @@
+"""What tasks see: every photo once on any number of devices, the right rows, folds and crops."""
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+from salcl_jax import classify, frozen, tasks
+from salcl_jax import config as lib
+from salcl_jax.evaluators.pooling import LEVELS
+from salcl_jax.judge import Judge, Subject, subset
+from salcl_jax.models.heads import MLP
+from salcl_jax.models.network import Network
+from salcl_jax.sharding import make_mesh
+from salcl_jax.train_step import make_init
+
+PHOTOS = 37  # odd: no number of devices or batch size divides it
+CLASSES = 3
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Photos of three colours, one broken and one unlabelled, with folds in the columns of a CSV file."""
+    root = tmp_path_factory.mktemp("photos")
+    rng = np.random.default_rng(0)
+    lines = ["file,label,split,fold"]
+    for i in range(PHOTOS):
+        colour = np.full(3, 60) + 120 * np.eye(3)[i % CLASSES]
+        pixels = np.clip(colour + rng.normal(0, 25, (40, 48 + i % 5, 3)), 0, 255).astype(np.uint8)
+        Image.fromarray(pixels).save(root / f"{i:02d}.png")
+        lines.append(f"{i:02d}.png,{i % CLASSES},{'train' if i < 25 else 'val'},{i // CLASSES % 2}")
+    (root / "11.png").write_bytes(b"no photo")
+    (root / "labels.csv").write_text("\n".join(lines))
+    return root
+
+
+class Stub(nn.Module):
+    """A convolution a stage in place of a ResNet: maps of 24, 24, 12, 6 and 3 cells at 48 px."""
+
+    @nn.compact
+    def __call__(self, x, *, views, train):
+        found = {}
+        for level, stride, width in zip(LEVELS, (2, 1, 2, 2, 2), (4, 4, 6, 6, 8), strict=True):
+            x = nn.relu(nn.Conv(width, (3, 3), (stride, stride), name=level)(x))
+            found[level] = x
+        return found | {"pooled": x.mean((1, 2))}
+
+
+def config_for(folder, **fields):
+    c = lib.base()
+    lib.small(c)
+    c.update_from_flattened_dict({
+        "eval.size": 48, "eval.batch_size": 16, "data.canvas": 48, "data.workers": 1, "tasks.jobs": 1,
+        "saliency.size": 48, "tasks.linear.epochs": 20, **fields,
+    })  # fmt: skip
+    for part, split in (("train", "train"), ("test", "val")):
+        c.tasks.classify[part] = lib.source(
+            "folder", roots=(str(folder),), labels=str(folder / "labels.csv"), split=split
+        )
+    c.tasks.semi.train = c.tasks.classify.train
+    return c
+
+
+@functools.cache
+def trained():
+    """Network and state, the same for all tests."""
+    c = lib.base()
+    lib.small(c)
+    network = Network(Stub(), MLP(8, 8), MLP(8, 8))
+    return network, jax.jit(make_init(network, lib.finish(c, devices=1, images=1)))()._replace(opt_state=())
+
+
+def judge_for(c, devices=1, **options):
+    network, state = trained()
+    judge = Judge(network, c, make_mesh(jax.devices()[:devices]), **options)
+    return judge, judge.subject("trained", state)
+
+
+def test_every_photo_counts_once_on_1_and_8_devices(folder):
+    c, found = config_for(folder), []
+    for devices in (1, 8):
+        judge, subject = judge_for(c, devices)
+        found.append(judge.features(subject, judge.source("classify.train"), ("pooled", "stage3")))
+    for name in found[0]:
+        np.testing.assert_allclose(found[0][name], found[1][name], rtol=2e-3, atol=2e-3)
+    # All but the broken photo, in order.
+    np.testing.assert_array_equal(found[0]["id"], [i for i in range(25) if i != 11])
+    np.testing.assert_array_equal(found[0]["label"], found[0]["id"] % CLASSES)
+
+
+@pytest.mark.parametrize("task", ["knn", "linear"])
+def test_figures_are_those_of_one_device(folder, task):
+    c = config_for(folder, **{"tasks.linear.rates": (0.1, 1.0)})
+    one, eight = (tasks.run(task, *judge_for(c, devices)) for devices in (1, 8))
+    assert set(one) == set(eight)
+    for name in one:
+        np.testing.assert_allclose(one[name], eight[name], atol=1e-6, err_msg=name)
+
+
+def test_raw_pixels_tell_colours_apart(folder):
+    judge, _ = judge_for(config_for(folder))
+    figures = tasks.run("knn", judge, judge.subject("pixels", None))
+    assert figures["knn/top1"] == 1.0
+
+
+def test_colours_are_learnt_by_every_linear_protocol(folder):
+    for fields in ({"protocol": "lbfgs"}, {"protocol": "sgd"}, {"protocol": "sgd", "augment": True},
+                   {"protocol": "orl_places205"}):  # fmt: skip
+        changes = {f"tasks.linear.{name}": value for name, value in fields.items()}
+        figures = tasks.run("linear", *judge_for(config_for(folder, **changes, **{
+            "tasks.linear.batch_size": 8, "tasks.linear.rates": (30.0,), "tasks.linear.epochs": 60})))  # fmt: skip
+        if fields["protocol"] == "orl_places205":
+            levels = [name for name in figures if name.startswith("linear/top1/")]
+            wanted = ("conv1", "stage1", "stage2", "stage3", "stage4")
+            assert levels == [f"linear/top1/{level}" for level in wanted]
+        assert figures["linear/top1"] > 0.6, (fields, figures)
+
+
+def test_few_labels_are_averaged_over_folds(folder):
+    c = config_for(folder, **{"tasks.linear.protocol": "lbfgs", "tasks.linear.subsets": ("fold=0..1",)})
+    judge, subject = judge_for(c)
+    figures = tasks.run("linear", judge, subject)
+    alone, c.tasks.linear.subsets = [], ()
+    for fold in (0, 1):
+        c.tasks.classify.train.where = f"fold={fold}"
+        alone.append(tasks.run("linear", *judge_for(c))["linear/top1"])
+    assert figures["linear/fold/top1"] == pytest.approx(np.mean(alone))
+    assert figures["linear/fold/top1_se"] == pytest.approx(abs(alone[0] - alone[1]) / 2)
+
+
+def test_fine_tuning_learns_colours_and_averages_folds(folder):
+    c = config_for(folder, **{
+        "tasks.semi.rates": (1.0,), "tasks.semi.multipliers": (1.0, 10.0), "tasks.semi.epochs": 30,
+        "tasks.semi.milestones": (25,), "tasks.semi.batch_size": 8, "tasks.semi.folds": "fold=0..1",
+    })  # fmt: skip
+    figures = tasks.run("semi", *judge_for(c))
+    assert figures["semi/top1"] > 0.6
+    assert {"semi/top5", "semi/held_out", "semi/top1_se"} <= set(figures)
+
+
+@pytest.mark.parametrize(
+    "spec, wanted",
+    [("", ("",)), ("fold=3", ("fold=3",)), ("fold=0..2", ("fold=0", "fold=1", "fold=2")),
+     ("fold=9..10", ("fold=9", "fold=10"))],
+)  # fmt: skip
+def test_folds(spec, wanted):
+    assert classify.folds(spec) == wanted
+
+
+@pytest.mark.parametrize("spec", ["fold=2..1", "fold=a..b", "fold=1.."])
+def test_folds_that_make_no_sense(spec):
+    with pytest.raises(ValueError, match="FIRST..LAST"):
+        classify.folds(spec)
+
+
+def test_a_source_without_labels_is_refused(folder):
+    c = config_for(folder)
+    c.tasks.classify.test = lib.source("folder", roots=(str(folder),))
+    with pytest.raises(ValueError, match="no labels"):
+        tasks.run("knn", *judge_for(c))
+
+
+def test_the_cache_holds_for_the_same_weights_and_photos_only(folder, tmp_path):
+    c, seen = config_for(folder), []
+
+    def watch(batches, count, label):
+        seen.append(label)
+        return batches
+
+    judge, subject = judge_for(c, cache=str(tmp_path), watch=watch)
+    source = judge.source("classify.test")
+    first = judge.features(subject, source)
+    again = judge_for(c, cache=str(tmp_path), watch=watch)[0].features(subject, source)
+    np.testing.assert_array_equal(first["pooled"], again["pooled"])
+    assert len(seen) == 1
+    other = jax.tree.map(lambda x: x + 0.01, subject.state.params)
+    judge.features(judge.subject("other", subject.state._replace(params=other)), source)
+    judge.features(subject, subset(source, np.arange(3)))
+    judge.features(subject, source, ("stage4",))
+    assert len(seen) == 4
+    # The other branch has weights of its own, here equal ones: nothing to compute.
+    c.eval.branch = "target"
+    branch = Judge(judge.network, c, judge.mesh, str(tmp_path), watch)
+    branch.features(branch.subject("trained", subject.state), source)
+    assert len(seen) == 4
+
+
+def test_online_figures_are_never_cached(folder, tmp_path):
+    seen = []
+    options = {"cache": str(tmp_path), "watch": lambda batches, n, label: seen.append(label) or batches}
+    judge, subject = judge_for(config_for(folder), **options)
+    online = Subject("online", subject.state, digest="")
+    for _ in range(2):
+        judge.features(online, judge.source("classify.test"))
+    assert len(seen) == 2
+
+
+def test_a_subset_reads_its_rows_and_has_a_digest_of_its_own(folder):
+    judge, _ = judge_for(config_for(folder))
+    source = judge.source("classify.train")
+    some = subset(source, np.array([4, 2]))
+    assert len(some) == 2 and some.read(0)["label"] == source.read(4)["label"] == 1
+    assert len({some.digest(), source.digest(), subset(source, np.array([2, 4])).digest()}) == 3
+
+
+@pytest.mark.parametrize("colours", [False, True])
+def test_random_crops_depend_on_the_step_and_not_on_the_devices(folder, colours):
+    c = config_for(folder)
+    judge, subject = judge_for(c)
+    images = np.random.default_rng(0).integers(0, 255, (16, 48, 48, 3)).astype(np.uint8)
+    images, aspect = np.tile(images[:1], (16, 1, 1, 1)), np.ones(16, np.float32)
+    make = frozen.make_augmented(judge.network, c, ("pooled",), colours=colours)
+    runs = [frozen.on_devices(make, make_mesh(jax.devices()[:n])) for n in (1, 8)]
+    one, eight = (run((subject.state, np.int32(5)), images, aspect)["pooled"] for run in runs)
+    np.testing.assert_allclose(one, eight, rtol=2e-3, atol=2e-3)
+    later = runs[0]((subject.state, np.int32(6)), images, aspect)["pooled"]
+    assert np.abs(later - one).max() > 1e-3
+    assert np.abs(one[0] - one[1]).max() > 1e-3  # another crop for each photo
+
+
+def test_dense_features_are_the_stages_side_by_side(folder):
+    c = config_for(folder)
+    judge, subject = judge_for(c)
+    images = np.random.default_rng(0).integers(0, 255, (2, 48, 48, 3)).astype(np.uint8)
+    make = frozen.make_dense(judge.network, c, size=48, stages=("stage3", "stage4"))
+    dense = make(subject.state, jnp.asarray(images))
+    whole = frozen.whole_canvas(frozen.to_float(jnp.asarray(images)), 48)
+    stages, _ = judge.network.encode(subject.state.params, subject.state.batch_stats, whole, train=False)
+    third, fourth = (np.asarray(stages[name][:, 0]) for name in ("stage3", "stage4"))
+    assert dense.shape == (2, *third.shape[1:3], third.shape[3] + fourth.shape[3])
+    np.testing.assert_allclose(dense[..., : third.shape[3]], third, rtol=1e-5, atol=1e-5)
+    # Enlarging keeps the mean of every channel where cells divide evenly.
+    np.testing.assert_allclose(
+        np.mean(dense[..., third.shape[3] :], (1, 2)), fourth.mean((1, 2)), rtol=1e-3, atol=1e-3
+    )
+
+
+def test_dense_pixels_are_patches(folder):
+    images = np.random.default_rng(0).integers(0, 255, (1, 48, 48, 3)).astype(np.uint8)
+    found = frozen.make_dense_pixels(48)(None, jnp.asarray(images))
+    assert found.shape == (1, 6, 6, 192)
+    np.testing.assert_allclose(found[0, 2, 5], images[0, 16:24, 40:48].reshape(-1) / 255, atol=1e-5)
+
+
+def test_pixel_features_are_reduced_crops(folder):
+    images = np.random.default_rng(0).integers(0, 255, (2, 48, 48, 3)).astype(np.uint8)
+    box = jnp.array([[[0.0, 0.0, 0.5, 1.0]]] * 2)
+    found = frozen.make_pixels(4)(None, jnp.asarray(images), box)["pooled"]
+    wanted = np.asarray(Image.fromarray(images[1, :24]).resize((4, 4), Image.Resampling.BILINEAR))
+    np.testing.assert_allclose(found[1, 0].reshape(4, 4, 3), wanted / 255, atol=0.02)
+
+
+def test_the_gallery_shows_the_best_and_the_worst(folder, monkeypatch):
+    """Boxes of three sizes: what reaches the picture are the photos of largest and smallest coverage."""
+    c = config_for(folder, **{"tasks.localization.gallery": 1})
+    c.tasks.localization.test = lib.source("scenes")
+    for name, value in {"size": 48, "num_train": 9, "num_val": 1}.items():
+        c.tasks.localization.test.scenes[name] = value
+    c.tasks.localization.test.data_dir = str(folder / "scenes")
+    judge, subject = judge_for(c)
+    figures = tasks.run("localization", judge, subject)
+    assert figures["localization/images"] == 9
+    columns = judge.kept["localization", "trained"]
+    shown = {}
+    monkeypatch.setattr(
+        tasks.report, "gallery",
+        lambda images, maps, rois, boxes, scores, count: shown.update(
+            scores=scores, n=[len(images), len(maps)]
+        ) or images[0],
+    )  # fmt: skip
+    tasks.gallery(judge, subject)
+    order = np.sort(columns["coverage"])
+    assert {order[0], order[-1]} <= set(shown["scores"]) and len(shown["scores"]) == 3
+    assert shown["n"] == [3, 3]
