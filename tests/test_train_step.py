@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from salcl_jax import config as lib
+from salcl_jax import config as lib, frozen
 from salcl_jax import sharding, train_step
 from salcl_jax.guidance import make_crops
 from salcl_jax.models.network import build, forward_target
@@ -547,9 +547,9 @@ def test_features_are_those_of_the_crop_in_running_statistics():
     config, network = tiny(**BARE, **{"eval.size": SIDE})
     state = jax.jit(train_step.make_init(network, config), compiler_options=FAST)()
     batch, whole = photos(), np.tile(np.array([0, 0, 1, 1], np.float32), (BATCH, 1, 1))
-    found = jax.jit(train_step.make_feature_fn(network, config), compiler_options=FAST)(
+    found = jax.jit(frozen.make_features(network, config), compiler_options=FAST)(
         state, batch["image"], whole
-    )
+    )["pooled"]
     x = normalize(jnp.asarray(batch["image"], jnp.float32)[:, None] / 255)
     wanted = network.encode(state.params, state.batch_stats, x, train=False)[0]["pooled"]
     np.testing.assert_allclose(found, wanted, atol=1e-4)
