@@ -100,7 +100,7 @@ def test_encode_gives_every_stage_by_view(tiny):
     network, params, stats = tiny
     encode = jax.jit(lambda x: network.encode(params, stats, x, train=False))
     outputs, new = encode(_images(3, 2))
-    assert set(outputs) == {"stem", *STAGE_NAMES, "pooled"}
+    assert set(outputs) == {"conv1", "stem", *STAGE_NAMES, "pooled"}
     for name, side, width in zip(STAGE_NAMES, (24, 12, 6, 3), (4, 8, 16, 32), strict=True):
         assert outputs[name].shape == (3, 2, side, side, width)
     _close(outputs["pooled"], np.asarray(outputs["stage4"]).mean((2, 3)))

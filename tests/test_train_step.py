@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from salcl_jax import config as lib, frozen
-from salcl_jax import sharding, train_step
+from salcl_jax import config as lib
+from salcl_jax import frozen, sharding, train_step
 from salcl_jax.guidance import make_crops
 from salcl_jax.models.network import build, forward_target
 from salcl_jax.models.norm import ViewBatchNorm
