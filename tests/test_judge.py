@@ -112,7 +112,8 @@ def test_colours_are_learnt_by_every_linear_protocol(folder):
                    {"protocol": "orl_places205"}):  # fmt: skip
         changes = {f"tasks.linear.{name}": value for name, value in fields.items()}
         figures = tasks.run("linear", *judge_for(config_for(folder, **changes, **{
-            "tasks.linear.batch_size": 8, "tasks.linear.rates": (30.0,), "tasks.linear.epochs": 60})))  # fmt: skip
+            "tasks.linear.batch_size": 8, "tasks.linear.rates": (30.0,), "tasks.linear.epochs": 60,
+        })))  # fmt: skip
         if fields["protocol"] == "orl_places205":
             levels = [name for name in figures if name.startswith("linear/top1/")]
             wanted = ("conv1", "stage1", "stage2", "stage3", "stage4")
