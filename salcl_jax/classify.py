@@ -17,7 +17,6 @@ from salcl_jax.judge import Judge, Subject, subset
 from salcl_jax.types import HostBatch
 
 Figures = dict[str, float]
-Levels = tuple[str, ...]
 # ORL's linear protocols (Goyal et al. 2019): passes over train, and when the rate falls to a tenth.
 ORL = {"orl": (28, (8, 16, 24)), "orl_places205": (14, (4, 8, 12)), "orl_inat18": (84, (24, 48, 72))}
 _STREAM = 1  # of the order of training photos, beside that of the pre-training

@@ -23,7 +23,7 @@ from salcl_jax.models.network import Network
 from salcl_jax.ops.augment import AugmentSpec, augment, normalize
 from salcl_jax.ops.crop import center_boxes, crop_and_resize, random_resized_crop_boxes
 from salcl_jax.rng import key_for
-from salcl_jax.sharding import data_sharded, replicated, to_device
+from salcl_jax.sharding import data_sharded, replicated, share_of_process, to_device
 from salcl_jax.types import Batch, HostBatch, Metrics, PyTree
 
 
@@ -289,10 +289,8 @@ def _place(batch: HostBatch, label: np.ndarray, allowed: range, mesh: Mesh) -> B
     low, high = label.min(), label.max()
     if low < allowed[0] or high > allowed[-1]:
         raise ValueError(f"finetune: labels {low}..{high}; allowed: {allowed[0]}..{allowed[-1]}")
-    count, index, size = jax.process_count(), jax.process_index(), len(label)
     leaves = {"image": batch["image"], "aspect": batch["aspect"], "label": label.astype(np.int32)}
-    rows = slice(index * size // count, (index + 1) * size // count)
-    return to_device({name: leaf[rows] for name, leaf in leaves.items()}, mesh)
+    return to_device(share_of_process(leaves), mesh)
 
 
 def _diverged(num_classes: int) -> dict[str, float]:

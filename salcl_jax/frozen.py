@@ -21,7 +21,7 @@ from salcl_jax.models.network import Network
 from salcl_jax.ops import augment
 from salcl_jax.ops.crop import crop_and_resize, random_resized_crop_boxes
 from salcl_jax.rng import key_for
-from salcl_jax.sharding import data_sharded, replicated, to_device
+from salcl_jax.sharding import data_sharded, replicated, share_of_process, to_device
 from salcl_jax.types import HostBatch, PyTree, Rois, TrainState
 
 Features = dict[str, Array]  # by level: pooled, conv1, stage1 .. stage4
@@ -37,12 +37,6 @@ def batches(
         source, batch_size=batch_size, canvas=c.canvas, max_boxes=max_boxes or c.max_boxes, limit=limit,
         min_side=c.min_side, max_pixels=c.max_pixels, workers=c.workers, with_masks=masks,
     )  # fmt: skip
-
-
-def share_of_process(batch: HostBatch) -> HostBatch:
-    """The rows of a batch, known to all processes, that this process hands to its devices."""
-    count, index = jax.process_count(), jax.process_index()
-    return {k: v[index * len(v) // count : (index + 1) * len(v) // count] for k, v in batch.items()}
 
 
 def divisible(size: int, mesh: Mesh) -> int:

@@ -35,7 +35,7 @@ def make_panel(
     jitted = jax.jit(crops, out_shardings=sharding.replicated(mesh))
 
     def draw_panel(state: TrainState) -> np.ndarray:
-        leaves = sharding.to_device(frozen.share_of_process({n: batch[n] for n in names}), mesh)
+        leaves = sharding.to_device(sharding.share_of_process({n: batch[n] for n in names}), mesh)
         found = jax.device_get(jitted(state, leaves))
         maps, rois = maps_fn(state, batch["image"])
         rois = found.rois or rois

@@ -41,19 +41,6 @@ def data_sharded(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P(AXIS))
 
 
-def local_batch_size(global_batch: int, mesh: Mesh) -> int:
-    """Examples that this process has to supply of a global batch.
-
-    Raises ValueError when the global batch does not divide over the devices.
-    """
-    if global_batch <= 0 or global_batch % mesh.size:
-        raise ValueError(
-            f"batch size {global_batch} does not divide over {mesh.size} devices: "
-            f"use a multiple of {mesh.size}"
-        )
-    return global_batch // mesh.size * len(mesh.local_devices)
-
-
 def to_device(batch: HostBatch, mesh: Mesh) -> Batch:
     """Global arrays, sharded on axis 0, from this process's part of the batch.
 
@@ -68,6 +55,12 @@ def to_device(batch: HostBatch, mesh: Mesh) -> Batch:
                 f"{local} devices of this process"
             )
     return {k: jax.make_array_from_process_local_data(sharding, v) for k, v in batch.items()}
+
+
+def share_of_process(batch: HostBatch) -> HostBatch:
+    """The rows of a batch, known to all processes, that this process hands to its devices."""
+    count, index = jax.process_count(), jax.process_index()
+    return {k: v[index * len(v) // count : (index + 1) * len(v) // count] for k, v in batch.items()}
 
 
 def prefetch_to_device(

@@ -235,13 +235,17 @@ def test_masks_of_the_built_in_scenes_are_classes(tmp_path, monkeypatch, install
         np.testing.assert_array_equal(batch["masks"][i], wanted)
 
 
-def test_classes_of_real_masks(photos):
-    folder = photos / "voc_scenes"
+def with_masks(folder, name):
+    """The validation photos of a folder with their masks, and the path of its annotations."""
     if not folder.is_dir():
         pytest.skip(f"no {folder}")
     path = folder / "annotations_val.json"
     spec = {"kind": "folder", "roots": str(folder / "images"), "annotations": str(path)}
-    source = sources.open_source(spec | {"masks": str(folder / "masks")})
+    return sources.open_source(spec | {"masks": str(folder / name)}), path
+
+
+def test_classes_of_real_masks(photos):
+    source, path = with_masks(photos / "voc_scenes", "masks")
     told = [image["mask_labels"] for image in json.loads(path.read_text())["images"]]
     for i, want in enumerate(told):
         record = source.read(i)
@@ -251,12 +255,7 @@ def test_classes_of_real_masks(photos):
 
 
 def test_instances_of_a_part_of_real_photos(photos):
-    folder = photos / "coco_scenes"
-    if not folder.is_dir():
-        pytest.skip(f"no {folder}")
-    path = folder / "annotations_val.json"
-    spec = {"kind": "folder", "roots": str(folder / "images"), "annotations": str(path)}
-    source = sources.open_source(spec | {"masks": str(folder / "instances")})
+    source, path = with_masks(photos / "coco_scenes", "instances")
     images = json.loads(path.read_text())["images"]
     full = [i for i, image in enumerate(images) if image["segmentation"] == "full"]
     assert [i for i in range(len(source)) if "mask" in source.read(i)] == full and len(full) > 10
