@@ -93,7 +93,7 @@ class Writer:
 
     def _json(self, name: str, values: Mapping[str, Any]) -> None:
         if self._main:
-            _replace(self._dir / name, _dumps(values, indent=2) + "\n")
+            write_json(self._dir / name, values)
 
 
 class _LineFile:
@@ -126,6 +126,11 @@ class _LineFile:
         if self._remote:
             _replace(self._path, "".join(f"{line}\n" for line in self._pending))
             self._written = time.monotonic()
+
+
+def write_json(path: str | epath.Path, values: Mapping[str, Any]) -> None:
+    """Write a JSON file, replacing it whole; numbers that are not finite become null."""
+    _replace(epath.Path(path), _dumps(values, indent=2) + "\n")
 
 
 def _is_remote(path: epath.Path) -> bool:
