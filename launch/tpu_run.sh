@@ -1,38 +1,24 @@
 #!/usr/bin/env bash
 # Run python -m salcl_jax.main on all workers of a TPU slice; arguments after -- are passed on.
-#   launch/tpu_run.sh --name=salcl --zone=us-central2-b [--detach] [--dry-run] -- \
+#   launch/tpu_run.sh --name=salcl --zone=us-central2-b [--project=ID] [--detach] [--dry-run] -- \
 #     --config=configs/coco.py --workdir=gs://BUCKET/runs/one
-# --detach leaves it running after the connection ends, with the output in ~/salcl_jax.log.
+# --detach leaves it running after the connection ends, with the output in ~/salcl_jax.log and its exit
+# code in ~/salcl_jax.exit on each worker. Exit code 3: a run is alive there already.
 set -euo pipefail
+# shellcheck source-path=SCRIPTDIR source=common.sh
+. "$(dirname "$0")/common.sh"
 
-name=salcl zone="" project="" detach="" dry=""
+detach=""
 while (($#)); do
   case $1 in
-    --name=*) name=${1#*=} ;;
-    --zone=*) zone=${1#*=} ;;
-    --project=*) project=${1#*=} ;;
-    --detach) detach=1 ;;
-    --dry-run) dry=1 ;;
-    -h|--help) sed -n '2,5p' "$0" | cut -c3-; exit 0 ;;
+    --detach) detach=" --detach" ;;
     --) shift; break ;;
-    *) echo "tpu_run.sh: unknown argument $1 (arguments of the program go after --)" >&2; exit 2 ;;
+    *) flag_of_slice "$1" || stop "unknown argument $1 (arguments of the program go after --)" ;;
   esac
   shift
 done
-[[ -n $zone ]] || { echo "tpu_run.sh: --zone is needed" >&2; exit 2; }
-(($#)) || { echo "tpu_run.sh: the program's arguments are needed after --" >&2; exit 2; }
+check_slice
+(($#)) || stop "the program's arguments are needed after --"
 
 # A pod needs every worker: started on one alone, jax waits for the others until its time-out.
-program="cd ~/salcl_jax && exec ~/venv/bin/python -m salcl_jax.main"
-program+=$(printf ' %q' "$@" --config.distributed=auto)
-if [[ -n $detach ]]; then
-  program="nohup bash -c $(printf '%q' "$program") > ~/salcl_jax.log 2>&1 < /dev/null & sleep 2"
-fi
-command=(gcloud compute tpus tpu-vm ssh "$name" "--zone=$zone" --worker=all "--command=$program")
-[[ -z $project ]] || command+=("--project=$project")
-
-if [[ -n $dry ]]; then
-  printf '%q ' "${command[@]}"; echo
-else
-  "${command[@]}"
-fi
+on_workers all "bash ~/salcl_jax/launch/worker.sh run$detach --$(printf ' %q' "$@")"

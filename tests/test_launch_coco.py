@@ -1,5 +1,6 @@
-"""launch/coco_json_to_tfds.py: a COCO JSON file becomes a data set that the sources read."""
+"""launch/coco_json_to_tfds.py: a COCO JSON file becomes a data set that the sources read and that counts."""
 
+import importlib.util
 import io
 import json
 import subprocess
@@ -36,5 +37,12 @@ def test_photos_boxes_and_classes_arrive(tmp_path):
     np.testing.assert_allclose(records[1]["boxes"], [[0.25, 0.25, 0.75, 0.75]], atol=1e-6)
     assert records[1]["classes"].tolist() == [1]
     assert Image.open(io.BytesIO(records[2]["encoded"])).size == (40, 20)
+    spec = importlib.util.spec_from_file_location("prepare_data", SCRIPT.with_name("prepare_data.py"))
+    prepare_data = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(prepare_data)
+    place = (f"{tmp_path}/out", f"{tmp_path}/work", None)
+    prepare_data.build("coco/2017", ["train=3", "validation=3"], *place)  # there already: only counted
+    with pytest.raises(SystemExit, match="3 images instead of 5000; delete .*/out/coco/2017"):
+        prepare_data.build("coco/2017", ["train=3", "validation=5000"], *place)
     again = subprocess.run([sys.executable, SCRIPT, *options], capture_output=True, text=True)
     assert again.returncode == 1 and "exists already" in again.stderr.strip().splitlines()[-1]
