@@ -28,7 +28,7 @@ def get_config(variant: str = "") -> lib.ConfigDict:
     c.eval.probe_train = lib.source("scenes", split="train")
     c.eval.probe_test = lib.source("scenes", split="validation")
     c.eval.probe_on = "object"
-    c.tasks.summary = ("linear", "knn", "voc_svm", "multilabel", "localization", "segmentation")
+    c.tasks.summary = ("linear", "knn", "multilabel", "localization", "segmentation")
     c.tasks.classify.on = "object"
     c.tasks.voc_svm.shots = (1, 4, 16)
     c.tasks.segmentation.classes = 11

@@ -175,9 +175,11 @@ class Checkpointer:
         self._manager.reload()
 
 
-def abstract_like(state: PyTree, sharding: jax.sharding.Sharding) -> PyTree:
-    """ShapeDtypeStructs of a state's leaves, all with one sharding: the target of a restore."""
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), state)
+def abstract_like(state: PyTree, sharding: PyTree) -> PyTree:
+    """ShapeDtypeStructs of a state's leaves, the target of a restore; `sharding` is one, or one for each."""
+    if isinstance(sharding, jax.sharding.Sharding):
+        sharding = jax.tree.map(lambda _, one=sharding: one, state)
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, sharding)
 
 
 def load_params(path: str, abstract_state: TrainState | None = None) -> dict:

@@ -44,15 +44,18 @@ def writable(flag: str, path: str) -> None:
         raise flags.Error(f"--{flag}={path}: {above} is not a folder that can be written to")
 
 
-def start(distributed: str) -> None:
-    """Connect the processes and keep the libraries quiet; call it before anything else touches jax."""
+def start(distributed: str, patience: int = 60) -> None:
+    """Connect the processes and keep the libraries quiet; call it before anything else touches jax.
+
+    patience: seconds of silence after which another process counts as gone.
+    """
     logging.set_verbosity(logging.ERROR)
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # decoding needs it not, and it prints
     from salcl_jax import sharding
 
     try:
-        sharding.initialize_distributed(distributed)
+        sharding.initialize_distributed(distributed, patience=patience)
     except (RuntimeError, ValueError) as error:  # no such platform, or the others did not come
         leave(str(error))
 

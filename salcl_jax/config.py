@@ -30,6 +30,11 @@ def base() -> ConfigDict:
     c.accumulate = 1  # micro-batches per optimizer step; BatchNorm then sees a micro-batch
     c.init_from = ""  # workdir of another run whose weights start this one (not a resume)
     c.distributed = "auto"  # auto | none | host:port,processes,index
+    c.distributed_timeout = 60  # seconds of silence after which a process counts as gone and the others stop
+
+    c.sharding = ConfigDict()  # how the state lies on the devices; the batch is always split over all of them
+    c.sharding.params = "replicated"  # a copy on each | fsdp: parameters, target and optimizer in parts
+    c.sharding.min_size = 2**18  # fsdp: arrays of fewer elements stay whole
 
     c.data = ConfigDict()  # where images come from, and how they become canvases
     c.data.train = source("tfds", name="coco/2017")  # training images
@@ -41,6 +46,8 @@ def base() -> ConfigDict:
     c.data.max_skipped = 0.05  # share of unreadable photos above which the run stops
     c.data.workers = 16  # images decoded at a time, per process
     c.data.prefetch = 4  # batches ready ahead
+    c.data.cache = "none"  # training photos kept in memory: none | encoded (files' bytes) | canvas (decoded)
+    c.data.cache_gb = 8.0  # memory for them per process, in 1e9 bytes; photos beyond it are read every time
 
     c.model = ConfigDict()  # the encoder and its heads
     c.model.name = "resnet50"  # resnet18 | resnet34 | resnet50 | resnet101 | vit_s16 | vit_b16
@@ -282,11 +289,12 @@ def finish(c: ConfigDict, *, devices: int, images: int) -> ConfigDict:
 
 
 # Fields that may change between a run and its continuation: they do not decide what is learnt.
-_PASSIVE = ("eval", "tasks", "log", "checkpoint", "collapse", "distributed", "data.workers", "data.prefetch",
-            "data.max_skipped", "data.train.data_dir", "data.train.roots", "data.train.path",
-            "data.train.annotations", "data.train.labels", "data.train.list", "data.train.where",
-            "data.train.masks", "data.train.regions", "resolved.devices", "resolved.eval_every",
-            "resolved.panels_every", "resolved.checkpoint_every", "resolved.keep_every")  # fmt: skip
+_PASSIVE = ("eval", "tasks", "log", "checkpoint", "collapse", "distributed", "distributed_timeout",
+            "sharding", "data.workers", "data.prefetch", "data.cache", "data.cache_gb", "data.max_skipped",
+            "data.train.data_dir", "data.train.roots", "data.train.path", "data.train.annotations",
+            "data.train.labels", "data.train.list", "data.train.where", "data.train.masks",
+            "data.train.regions", "resolved.devices", "resolved.eval_every", "resolved.panels_every",
+            "resolved.checkpoint_every", "resolved.keep_every")  # fmt: skip
 
 
 def learnt_fields(c: ConfigDict) -> dict:

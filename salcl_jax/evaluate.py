@@ -2,7 +2,7 @@
 
 The network and its map are those recorded in the checkpoint; photos and protocols are the fields
 `config.tasks` and `config.eval`. Writes eval.json, eval.md and plots. Exit codes: 0 done, 2 something to
-mend in the command, configuration or data.
+mend in the command, configuration or data, 75 another process is gone (start again).
 """
 
 import os
@@ -15,7 +15,7 @@ from typing import Any
 from absl import app, flags
 from ml_collections import config_flags
 
-from salcl_jax import cli
+from salcl_jax import cli, peers
 from salcl_jax import config as config_lib
 from salcl_jax.evaluators import TASKS
 from salcl_jax.validation import validate, validate_task
@@ -62,13 +62,16 @@ def _check() -> None:
 def main(_: list[str]) -> None:
     """Run the tasks that the flags describe."""
     config = _CONFIG.value
-    cli.start(config.distributed)
+    cli.start(config.distributed, config.distributed_timeout)
     overridden = config_flags.get_override_values(flags.FLAGS["config"])
     out = out_folder(_CHECKPOINT.value, _OUT.value)
-    try:
-        evaluate(config, _CHECKPOINT.value, chosen_tasks(_TASK.value, config.tasks.summary), out, overridden)
-    except (ValueError, OSError, RuntimeError, ImportError) as error:
-        cli.leave(f"{error} (traceback: {_keep_traceback(out)})")
+    names = chosen_tasks(_TASK.value, config.tasks.summary)
+    with peers.together():
+        try:
+            evaluate(config, _CHECKPOINT.value, names, out, overridden)
+        except (ValueError, OSError, RuntimeError, ImportError) as error:
+            peers.end_if_gone(error)
+            cli.leave(f"{error} (traceback: {_keep_traceback(out)})")
 
 
 def _keep_traceback(out: str) -> str:

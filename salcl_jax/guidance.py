@@ -4,7 +4,7 @@ Training, pictures and online localisation all look through these functions, so 
 the loss sees.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -131,52 +131,95 @@ def _regions(
     return roi.random(key, batch["aspect"], count=c.count, min_size=c.min_size, max_size=c.max_size)
 
 
+class Windows(NamedTuple):
+    """What is cut out of the canvases, and why."""
+
+    rois: Rois | None
+    boxes: Float[Array, "b v 4"]  # the pair, then the small crops
+    score: Float[Array, "b v"]
+    guided: Bool[Array, "b"]
+    local_valid: Bool[Array, "b n"] | None
+
+
 def make_crops(network: Network, config: Config) -> Callable[..., Crops]:
     """Function (key, state, batch, strength) -> Crops; strength in [0, 1] is the warm-up's factor.
 
     With `crops.gradient` off, maps and windows are detached here, once.
     """
     draw_maps = make_saliency(network, config) if config.saliency.source != "none" else None
-    fields = {name: config.pairs[name] for name in views.Shape._fields if name in config.pairs}
-    shape = views.Shape(area=config.crops.area, ratio=config.crops.ratio, **fields)
-    mix, local = dict(config.pairs.mix), config.local
-    specs = [_augmentation(config, view, config.crops.size) for view in ("view1", "view2")]
-    small_specs = [_augmentation(config, "view1", local.size)] * local.count
+    draw_windows, change = make_windows(config), make_augmentation(config)
 
     def crops(
         key: PRNGKeyArray, state: TrainState, batch: Batch, strength: Float[Array, ""] | float
     ) -> Crops:
-        k_regions, k_random, k_pair, k_local, k_augment, k_small = jax.random.split(key, 6)
-        images, aspect = to_float(batch["image"]), batch["aspect"]
+        *k_windows, k_augment, k_small = jax.random.split(key, 6)
+        images = to_float(batch["image"])
         with jax.named_scope("saliency"):
             maps = None
             if draw_maps:
                 maps = draw_maps(*branch(state, config.saliency.branch), images)
                 maps = maps if config.crops.gradient else jax.lax.stop_gradient(maps)
         with jax.named_scope("regions"):
-            rois = _regions(k_regions, maps, batch, config)
-            scene = views.Scene(rois, maps, aspect) if rois else None
-            boxes = random_resized_crop_boxes(k_random, aspect, 2, shape.area, shape.ratio)
-            guided = jnp.zeros(aspect.shape, bool)
-            if scene and sum(mix.values()) > 0:
-                boxes, guided = views.pair_boxes(k_pair, boxes, scene, shape, mix, strength)
-            small_boxes = small_valid = None
-            if local.count:
-                small_boxes, small_valid = views.local_boxes(
-                    k_local, scene if local.source == "roi" else None, aspect, shape,
-                    count=local.count, area=local.area, invalid=local.invalid, strength=strength,
-                )  # fmt: skip
+            w = draw_windows(k_windows, maps, batch, strength)
         with jax.named_scope("crops"):
-            pair = augment.augment(k_augment, crop_and_resize(images, boxes, config.crops.size), tuple(specs))
-            small = None
-            if local.count:
-                small = crop_and_resize(images, small_boxes, local.size)
-                small = augment.augment(k_small, small, tuple(small_specs))
-                boxes = jnp.concatenate([boxes, small_boxes], axis=1)
-            score = mean_inside(maps, boxes) if draw_maps else jnp.ones(boxes.shape[:2])
-        return Crops(maps, rois, boxes, score, pair, small, small_valid, guided)
+            pair, small = change(k_augment, k_small, *cut(images, w.boxes, config))
+        return Crops(maps, w.rois, w.boxes, w.score, pair, small, w.local_valid, w.guided)
 
     return crops
+
+
+def make_windows(config: Config) -> Callable[..., Windows]:
+    """Function (keys, maps or None, batch, strength) -> Windows; keys: regions, random, pair, small crops."""
+    fields = {name: config.pairs[name] for name in views.Shape._fields if name in config.pairs}
+    shape = views.Shape(area=config.crops.area, ratio=config.crops.ratio, **fields)
+    mix, local = dict(config.pairs.mix), config.local
+
+    def windows(
+        keys: Sequence[PRNGKeyArray],
+        maps: Float[Array, "b h w"] | None,
+        batch: Batch,
+        strength: Float[Array, ""] | float,
+    ) -> Windows:
+        k_regions, k_random, k_pair, k_local = keys
+        aspect = batch["aspect"]
+        rois = _regions(k_regions, maps, batch, config)
+        scene = views.Scene(rois, maps, aspect) if rois else None
+        boxes = random_resized_crop_boxes(k_random, aspect, 2, shape.area, shape.ratio)
+        guided, valid = jnp.zeros(aspect.shape, bool), None
+        if scene and sum(mix.values()) > 0:
+            boxes, guided = views.pair_boxes(k_pair, boxes, scene, shape, mix, strength)
+        if local.count:
+            small, valid = views.local_boxes(
+                k_local, scene if local.source == "roi" else None, aspect, shape,
+                count=local.count, area=local.area, invalid=local.invalid, strength=strength,
+            )  # fmt: skip
+            boxes = jnp.concatenate([boxes, small], axis=1)
+        score = jnp.ones(boxes.shape[:2]) if maps is None else mean_inside(maps, boxes)
+        return Windows(rois, boxes, score, guided, valid)
+
+    return windows
+
+
+def cut(
+    images: Float[Array, "b s s 3"], boxes: Float[Array, "b v 4"], config: Config
+) -> tuple[Float[Array, "b 2 p p 3"], Float[Array, "b n q q 3"] | None]:
+    """Pixels of the pair and, where the configuration has them, of the small crops."""
+    pair = crop_and_resize(images, boxes[:, :2], config.crops.size)
+    return pair, crop_and_resize(images, boxes[:, 2:], config.local.size) if config.local.count else None
+
+
+def make_augmentation(config: Config) -> Callable[..., tuple[Array, Array | None]]:
+    """Function (key, key of the small crops, pair, small crops or None) -> both augmented, in [0, 1]."""
+    specs = tuple(_augmentation(config, view, config.crops.size) for view in ("view1", "view2"))
+    small_specs = (_augmentation(config, "view1", config.local.size),) * config.local.count
+
+    def change(
+        key: PRNGKeyArray, key_small: PRNGKeyArray, pair: Array, small: Array | None
+    ) -> tuple[Array, Array | None]:
+        pair = augment.augment(key, pair, specs)
+        return pair, None if small is None else augment.augment(key_small, small, small_specs)
+
+    return change
 
 
 def _augmentation(config: Config, view: str, size: int) -> augment.AugmentSpec:

@@ -1,7 +1,8 @@
 """Train: `python -m salcl_jax.main --config=configs/coco.py --workdir=DIR [--config.field=value ...]`.
 
 Exit codes: 0 done, 2 something to mend in the command, configuration or data, 70 the run failed (its last
-good state is saved), 75 told to terminate (saved; the same command continues).
+good state is saved), 75 told to terminate (saved) or another process of the run is gone; after 75 the same
+command continues from the last checkpoint.
 """
 
 import os
@@ -10,7 +11,7 @@ import sys
 from absl import app, flags
 from ml_collections import config_flags
 
-from salcl_jax import cli
+from salcl_jax import cli, peers
 from salcl_jax.config import ConfigError
 from salcl_jax.evaluators import HEADLINES
 
@@ -26,16 +27,17 @@ def _check() -> None:
 
 def main(_: list[str]) -> None:
     """Run the training that the flags describe."""
-    cli.start(_CONFIG.value.distributed)
+    cli.start(_CONFIG.value.distributed, _CONFIG.value.distributed_timeout)
     from salcl_jax import train
 
-    try:
-        summary = train.train(_CONFIG.value, _WORKDIR.value)
-    except train.Stopped as stop:
-        cli.say(f"stopped: {stop}")
-        sys.exit(stop.code)
-    except ConfigError as error:
-        cli.leave(str(error))
+    with peers.together():
+        try:
+            summary = train.train(_CONFIG.value, _WORKDIR.value)
+        except train.Stopped as stop:
+            cli.say(f"stopped: {stop}")
+            sys.exit(stop.code)
+        except ConfigError as error:
+            cli.leave(str(error))
     if summary:
         print_table(summary, _WORKDIR.value)
 

@@ -1,21 +1,26 @@
 """Devices and processes: the mesh, and the one place where host batches become global arrays.
 
-Training is data parallel: one mesh axis `data`, batches split on axis 0, the state replicated.
+Training is data parallel: one mesh axis `data`, batches split on axis 0, the state replicated or, with
+`sharding.params = fsdp`, split along the same axis.
 """
 
 import collections
+import functools
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from salcl_jax.types import Batch, HostBatch
+from salcl_jax import peers
+from salcl_jax.types import Batch, HostBatch, PyTree
 
 AXIS = "data"
+SPLIT_FIELDS = ("params", "target_params", "opt_state")  # of the state, where fsdp splits leaves
 # What jax says when nothing describes a cluster, or when a notebook has already used its devices.
+_DAY = 24 * 3600  # seconds; at the end, processes wait for slower ones, and heartbeats notice dead ones
 _ALONE = ("coordinator_address should be defined", "must be called before any JAX")
 
 
@@ -39,6 +44,44 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def data_sharded(mesh: Mesh) -> NamedSharding:
     """Sharding of a batch: axis 0 split over all devices."""
     return NamedSharding(mesh, P(AXIS))
+
+
+def state_sharding(state: PyTree, mesh: Mesh, *, params: str, min_size: int) -> PyTree:
+    """Sharding of every leaf of a TrainState, which may be abstract.
+
+    Args:
+      params: 'replicated', or 'fsdp': of parameters, target and optimizer, each leaf of at least `min_size`
+        elements is split along its largest dimension that divides by the devices (ZeRO; FSDP).
+    """
+    whole = replicated(mesh)
+
+    def of_leaf(leaf: jax.Array | jax.ShapeDtypeStruct) -> NamedSharding:
+        sides = [(side, -axis) for axis, side in enumerate(leaf.shape) if side % mesh.size == 0]
+        if not sides or leaf.size < min_size:
+            return whole
+        return NamedSharding(mesh, P(*[None] * -max(sides)[1], AXIS))
+
+    found = jax.tree.map(lambda _: whole, state)
+    fields = SPLIT_FIELDS if params == "fsdp" else ()
+    return found._replace(**{name: jax.tree.map(of_leaf, getattr(state, name)) for name in fields})
+
+
+def jit_step(step: Callable, state_shardings: PyTree, mesh: Mesh) -> Callable:
+    """The compiled training step: (state, batch) -> (state, metrics); the old state is given up.
+
+    A split state is gathered for the passes through the networks and its gradients are split like the
+    parameters, so that the optimizer works on parts. Compiles for abstract arguments and absent devices too.
+    """
+    whole, split = replicated(mesh), data_sharded(mesh)
+    if any(not sharding.is_fully_replicated for sharding in jax.tree.leaves(state_shardings)):
+        step = functools.wraps(step)(functools.partial(
+            step,
+            gather=lambda tree: jax.lax.with_sharding_constraint(tree, whole),
+            scatter=lambda grads: jax.lax.with_sharding_constraint(grads, state_shardings.params),
+        ))  # fmt: skip
+    return jax.jit(
+        step, in_shardings=(state_shardings, split), out_shardings=(state_shardings, whole), donate_argnums=0
+    )
 
 
 def to_device(batch: HostBatch, mesh: Mesh) -> Batch:
@@ -79,7 +122,7 @@ def prefetch_to_device(
         queue.extend(to_device(b, mesh) for b in itertools.islice(iterator, 1))
 
 
-def initialize_distributed(mode: str, timeout: int = 300) -> None:
+def initialize_distributed(mode: str, timeout: int = 300, patience: int = 60) -> None:
     """Connect the processes of a run; call it before anything else touches jax.
 
     Args:
@@ -87,6 +130,7 @@ def initialize_distributed(mode: str, timeout: int = 300) -> None:
         does, one process) or 'host:port,n,i' (address of process 0, number of processes, index).
       timeout: seconds to wait for the other processes. A process started alone on a pod would
         otherwise wait without a word.
+      patience: seconds of silence after which another process counts as gone, see `peers`.
 
     Prints one line 'process i of n'. Raises ValueError for another mode and when the start
     fails; when the others stay away beyond the time-out jax ends the process itself.
@@ -98,8 +142,9 @@ def initialize_distributed(mode: str, timeout: int = 300) -> None:
             print(f"distributed: {who}, waiting up to {timeout} s for the others", flush=True)
         try:
             jax.distributed.initialize(
-                **options, initialization_timeout=timeout, heartbeat_timeout_seconds=100
-            )
+                **options, initialization_timeout=timeout, heartbeat_timeout_seconds=patience,
+                shutdown_timeout_seconds=_DAY,
+            )  # fmt: skip
         except (RuntimeError, ValueError) as error:
             reason = str(error).strip().split("\n")[0]
             if mode != "auto" or not any(alone in reason for alone in _ALONE):
@@ -112,6 +157,8 @@ def initialize_distributed(mode: str, timeout: int = 300) -> None:
         f"{jax.device_count()} {jax.default_backend()} devices",
         flush=True,
     )
+    if jax.process_count() > 1:
+        peers.watch(patience)
 
 
 def _parse_mode(mode: str) -> dict:

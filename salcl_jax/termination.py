@@ -9,7 +9,9 @@ import jax
 
 @contextlib.contextmanager
 def watch_for_termination() -> Iterator[Callable[[], bool]]:
-    """Inside, SIGTERM and the first Ctrl-C only set a flag; a second one acts as usual.
+    """Inside, SIGTERM and the first Ctrl-C only set a flag; a second Ctrl-C acts as usual.
+
+    SIGTERM may come more than once (Slurm sends it from two places) and must not cut the save short.
 
     With several processes jax's own service carries SIGTERM to all of them at one step, and Ctrl-C acts as
     usual: one process alone cannot save.
@@ -18,7 +20,8 @@ def watch_for_termination() -> Iterator[Callable[[], bool]]:
 
     def note(number, frame):
         told.append(number)
-        signal.signal(number, before[number])
+        if number == signal.SIGINT:
+            signal.signal(number, before[number])
 
     numbers = [signal.SIGINT, signal.SIGTERM] if jax.process_count() == 1 else []
     before = {}

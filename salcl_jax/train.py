@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from salcl_jax import checkpoint, sharding
+from salcl_jax import checkpoint, peers, sharding
 from salcl_jax import config as config_lib
 from salcl_jax.data.pipeline import train_batches
 from salcl_jax.data.sources import Source, open_source
@@ -26,7 +26,7 @@ from salcl_jax.types import HostBatch, TrainState
 from salcl_jax.validation import validate
 from salcl_jax.writer import Progress, Writer
 
-PREEMPTED = 75  # exit code: saved and left, start again to continue
+PREEMPTED = peers.AGAIN  # exit code: saved and left, start again to continue
 FAILED = 70  # exit code: non-finite loss, or too many unreadable images
 
 PROBE_NEEDS = {"image": "labels", "object": "boxes"}
@@ -109,6 +109,7 @@ def _user_errors() -> Iterator[None]:
     try:
         yield
     except (ValueError, OSError, RuntimeError) as error:
+        peers.end_if_gone(error)
         raise config_lib.ConfigError(str(error)) from error
 
 
@@ -119,8 +120,10 @@ def _restore_or_init(
 
     An own checkpoint whose configuration would learn something else is refused.
     """
-    init, whole = make_init(network, config), sharding.replicated(mesh)
-    restored = saved.restore(checkpoint.abstract_like(jax.eval_shape(init), whole))
+    init = make_init(network, config)
+    shapes = jax.eval_shape(init)
+    places = state_places(config, shapes, mesh)
+    restored = saved.restore(checkpoint.abstract_like(shapes, places))
     fields = config_lib.learnt_fields(config)
     if restored:
         state, extra, step = restored
@@ -131,11 +134,18 @@ def _restore_or_init(
                 "another --workdir, or start from its weights with --config.init_from"
             )
         return state, extra["history"], step
-    state = jax.jit(init, out_shardings=whole)()
+    state = jax.jit(init, out_shardings=places)()
     if config.init_from:
-        weights = checkpoint.load_params(config.init_from, checkpoint.abstract_like(state, whole))
-        state = state._replace(**jax.jit(lambda t: t, out_shardings=whole)(weights))
+        weights = checkpoint.load_params(config.init_from, shapes)
+        there = {name: getattr(places, name) for name in weights}
+        state = state._replace(**jax.jit(lambda t: t, out_shardings=there)(weights))
     return state, NO_HISTORY | {"interval": []}, 0
+
+
+def state_places(config: Any, state: TrainState, mesh: jax.sharding.Mesh) -> TrainState:
+    """Shardings of a state's leaves as the configuration asks for them."""
+    c = config.sharding
+    return sharding.state_sharding(state, mesh, params=c.params, min_size=c.min_size)
 
 
 def _checkpointer(config: Any, workdir: str) -> checkpoint.Checkpointer:
@@ -165,11 +175,8 @@ class _Run:
         self.total = config.resolved.total_steps
         self.evaluate = online.make_evaluation(network, config, mesh, sources)
         self.panel = make_panel(network, config, mesh, sources)
-        whole, split = sharding.replicated(mesh), sharding.data_sharded(mesh)
-        self.step = jax.jit(
-            make_train_step(network, config),
-            in_shardings=(whole, split), out_shardings=(whole, whole), donate_argnums=0,
-        )  # fmt: skip
+        places = state_places(config, jax.eval_shape(make_init(network, config)), mesh)
+        self.step = sharding.jit_step(make_train_step(network, config), places, mesh)
         self.progress = Progress(
             self.total, start=start, images_per_step=config.batch_size, log_every=config.log.every,
             is_main=jax.process_index() == 0,
@@ -179,7 +186,8 @@ class _Run:
 
     def loop(self, state: TrainState) -> dict:
         """Train to the last step; returns the summary."""
-        batches = sharding.prefetch_to_device(self._host_batches(), self.mesh)
+        batches = host_batches(self.config, self.sources["train"], self.start)
+        batches = sharding.prefetch_to_device(batches, self.mesh)
         pending = None
         with watch_for_termination() as told, self.progress:
             if self.start == 0:
@@ -202,19 +210,6 @@ class _Run:
                     raise Stopped(f"told to terminate: saved step {step}; start again to continue", PREEMPTED)
         self.saved.wait()
         return self._summary()
-
-    def _host_batches(self) -> Iterator[HostBatch]:
-        c, source = self.config.data, self.sources["train"]
-        with_boxes = self.config.roi.source == "ground_truth"
-        keep = ("image", "aspect", "skipped") + (("boxes",) if with_boxes else ())
-        found = train_batches(
-            source, batch_size=self.config.batch_size, canvas=c.canvas, seed=self.config.seed,
-            process_index=jax.process_index(), process_count=jax.process_count(),
-            start_step=self.start, window_area=c.window_area, max_boxes=c.max_boxes,
-            with_boxes=with_boxes, min_side=c.min_side, max_pixels=c.max_pixels, workers=c.workers,
-            prefetch=c.prefetch,
-        )  # fmt: skip
-        return ({name: batch[name] for name in keep} for batch in found)
 
     def _due(self, step: int) -> bool:
         r = self.config.resolved
@@ -274,7 +269,7 @@ class _Run:
 
     def _evaluate(self, step: int, state: TrainState) -> dict[str, float]:
         with self.progress.paused():
-            figures = self.evaluate(state)
+            figures = self.evaluate(self._networks(state))
         self.writer.scalars(step, {f"eval/{name}": value for name, value in figures.items()})
         shown = [f"{name} {figures[name]:.3f}" for name in HEADLINES if name in figures]
         self.progress.message(f"step {step}: " + "  ".join(shown))
@@ -282,7 +277,11 @@ class _Run:
 
     def _draw(self, step: int, state: TrainState) -> None:
         with self.progress.paused():
-            self.writer.image(step, "scenes", self.panel(state))
+            self.writer.image(step, "scenes", self.panel(self._networks(state)))
+
+    def _networks(self, state: TrainState) -> TrainState:
+        """The state without its optimizer, whole on every device; already whole leaves are not copied."""
+        return jax.device_put(state._replace(opt_state=()), sharding.replicated(self.mesh))
 
     def _save(self, step: int, state: TrainState, force: bool) -> None:
         now = time.monotonic()
@@ -303,6 +302,21 @@ class _Run:
             "final": self.history["final"],
             "untrained": self.history["untrained"],
         }
+
+
+def host_batches(config: Any, source: Source, start: int = 0) -> Iterator[HostBatch]:
+    """This process's share of the batches from step `start` on, without what the step does not read."""
+    c = config.data
+    with_boxes = config.roi.source == "ground_truth"
+    keep = ("image", "aspect", "skipped") + (("boxes",) if with_boxes else ())
+    found = train_batches(
+        source, batch_size=config.batch_size, canvas=c.canvas, seed=config.seed,
+        process_index=jax.process_index(), process_count=jax.process_count(),
+        start_step=start, window_area=c.window_area, max_boxes=c.max_boxes,
+        with_boxes=with_boxes, min_side=c.min_side, max_pixels=c.max_pixels, workers=c.workers,
+        prefetch=c.prefetch, cache=c.cache, cache_gb=c.cache_gb,
+    )  # fmt: skip
+    return ({name: batch[name] for name in keep} for batch in found)
 
 
 def _next(batches: Iterator) -> tuple[dict, float]:

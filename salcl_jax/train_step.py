@@ -1,6 +1,7 @@
 """The training step: one pure function (state, batch) -> (state, metrics).
 
-Reading order: `make_train_step` is the step; `make_pretext` is the method (crops, branches, weighted loss).
+Reading order: `make_train_step` is the step; `make_pretext` is the method (crops, then branches and weighted
+loss in `make_objective`); `make_update` is what the gradient does.
 Randomness comes from (seed, step) alone, and the step is written for one giant device: under `jax.jit` with
 a batch sharded over a mesh it computes the same numbers.
 """
@@ -19,6 +20,12 @@ from salcl_jax.models.network import Network, forward_online, forward_target
 from salcl_jax.ops.augment import normalize
 from salcl_jax.rng import key_for
 from salcl_jax.types import Batch, Metrics, PyTree, TrainState
+
+Place = Callable[[PyTree], PyTree]
+
+
+def _as_is(tree: PyTree) -> PyTree:
+    return tree
 
 
 class Forward(NamedTuple):
@@ -70,16 +77,27 @@ def make_pretext(network: Network, config: Config) -> Callable[..., tuple[Array,
     Differentiable in params. Pairs ask each crop's prediction for the target of the other crop, and each
     small crop's prediction for the targets of both.
     """
-    draw_crops = make_crops(network, config)
-    small = range(2, 2 + config.local.count)
-    pairs = [(0, 1), (1, 0)] + [(i, j) for i in small for j in (0, 1)]
-    scale = jnp.array([1.0, 1.0] + [config.local.weight / max(1, config.local.count)] * 2 * len(small))
-    weighting = {name: config.weights[name] for name in ("mode", "temperature", "floor", "normalize")}
+    draw_crops, judge = make_crops(network, config), make_objective(network, config)
 
     def pretext(
         params: PyTree, state: TrainState, batch: Batch, key: PRNGKeyArray, strength: Array
     ) -> tuple[Array, tuple[Forward, Metrics]]:
         crops = draw_crops(key, state._replace(params=params), batch, strength)
+        return judge(params, state, crops, strength)
+
+    return pretext
+
+
+def make_objective(network: Network, config: Config) -> Callable[..., tuple[Array, tuple]]:
+    """What crops are asked: function (params, state, Crops, strength) -> loss, (Forward, metrics)."""
+    small = range(2, 2 + config.local.count)
+    pairs = [(0, 1), (1, 0)] + [(i, j) for i in small for j in (0, 1)]
+    scale = jnp.array([1.0, 1.0] + [config.local.weight / max(1, config.local.count)] * 2 * len(small))
+    weighting = {name: config.weights[name] for name in ("mode", "temperature", "floor", "normalize")}
+
+    def objective(
+        params: PyTree, state: TrainState, crops: Crops, strength: Array
+    ) -> tuple[Array, tuple[Forward, Metrics]]:
         out = _forward(network, params, state, crops, own_target=config.loss.name == "simsiam")
         with jax.named_scope("loss"):
             value = _pair_losses(out, pairs, config)
@@ -92,7 +110,7 @@ def make_pretext(network: Network, config: Config) -> Callable[..., tuple[Array,
             loss = losses.combine(value, weight, scale)
         return loss, (out, metrics.of_step(loss, value, weight, out.projection, crops))
 
-    return pretext
+    return objective
 
 
 def _forward(
@@ -130,34 +148,54 @@ def make_train_step(
     """One optimizer step over `accumulate` micro-batches; EMA and schedules advance once.
 
     A step whose loss or gradient is not finite changes nothing but `failed`, and no later step changes
-    anything either: the caller finds the last good state in its hands.
+    anything either: the caller finds the last good state in its hands. `gather` and `scatter` put parameters
+    in place for the passes and gradients for the update, see `sharding.jit_step`.
     """
-    optimizer, rate = make_optimizer(config)
+    update = make_update(config)
     pretext = make_pretext(network, config)
     grad = jax.value_and_grad(pretext, has_aux=True)
 
-    def micro_step(state: TrainState, batch: Batch, index: Array) -> tuple:
+    def micro_step(state: TrainState, batch: Batch, index: Array, scatter: Place) -> tuple:
         key = jax.random.fold_in(key_for(config.seed, state.step, "crops"), index)
         strength = guidance_strength(state.step, config)
         (_, (out, measured)), grads = grad(state.params, state, batch, key, strength)
         state = state._replace(batch_stats=out.batch_stats, target_batch_stats=out.target_batch_stats)
-        return state, grads, {**measured, "guidance": strength}
+        return state, scatter(grads), {**measured, "guidance": strength}
 
-    def accumulate(state: TrainState, batch: Batch) -> tuple[TrainState, PyTree, Metrics]:
+    def accumulate(state: TrainState, batch: Batch, scatter: Place) -> tuple[TrainState, PyTree, Metrics]:
         if config.accumulate == 1:
-            return micro_step(state, batch, jnp.zeros((), jnp.int32))
+            return micro_step(state, batch, jnp.zeros((), jnp.int32), scatter)
         batches = jax.tree.map(lambda x: _split(x, config.accumulate), batch)
         index = jnp.arange(config.accumulate)
 
         def body(state: TrainState, xs: tuple) -> tuple:
-            state, grads, measured = micro_step(state, *xs)
+            state, grads, measured = micro_step(state, *xs, scatter)
             return state, (grads, measured)
 
         state, stacked = jax.lax.scan(body, state, (batches, index))
         return state, *jax.tree.map(lambda x: jnp.mean(x, axis=0), stacked)
 
-    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        new, grads, measured = accumulate(state, batch)
+    def train_step(
+        state: TrainState, batch: Batch, gather: Place = _as_is, scatter: Place = _as_is
+    ) -> tuple[TrainState, Metrics]:
+        nets = state._replace(params=gather(state.params), target_params=gather(state.target_params))
+        new, grads, measured = accumulate(nets, batch, scatter)
+        new, figures = update(state, new, grads, measured["loss"])
+        return new, {**measured, **figures, "skipped": jnp.sum(batch["skipped"])}
+
+    return train_step
+
+
+def make_update(config: Config) -> Callable[..., tuple[TrainState, Metrics]]:
+    """Function (state, new, grads, loss) -> (state, metrics): optimizer, target network and counters advance.
+
+    `new` is the state with the batch statistics of the passes.
+    """
+    optimizer, rate = make_optimizer(config)
+
+    def update(
+        state: TrainState, new: TrainState, grads: PyTree, loss: Float[Array, ""]
+    ) -> tuple[TrainState, Metrics]:
         with jax.named_scope("update"):
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
             params = optax.apply_updates(state.params, updates)
@@ -168,14 +206,12 @@ def make_train_step(
             step=state.step + 1, params=params, target_params=target, opt_state=opt_state
         )
         norm = optax.tree.norm(grads)
-        finite = jnp.isfinite(norm) & jnp.isfinite(measured["loss"]) & jnp.isfinite(optax.tree.norm(params))
-        measured.update(
-            grad_norm=norm, learning_rate=jnp.asarray(rate(state.step)), ema=rate_ema,
-            skipped=jnp.sum(batch["skipped"]), finite=finite.astype(jnp.float32),
-        )  # fmt: skip
-        return _keep_if_good(state, new, finite), measured
+        finite = jnp.isfinite(norm) & jnp.isfinite(loss) & jnp.isfinite(optax.tree.norm(params))
+        figures = {"grad_norm": norm, "learning_rate": jnp.asarray(rate(state.step)), "ema": rate_ema,
+                   "finite": finite.astype(jnp.float32)}  # fmt: skip
+        return _keep_if_good(state, new, finite), figures
 
-    return train_step
+    return update
 
 
 def _split(x: Array, parts: int) -> Array:

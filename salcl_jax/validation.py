@@ -11,6 +11,8 @@ from salcl_jax.evaluators import TASKS
 _KINDS = ("tfds", "folder", "arrays", "scenes")
 _EVAL_SOURCES = ("pretext", "localization", "probe_train", "probe_test")
 _ONE_OF = {
+    "data.cache": ("none", "encoded", "canvas"),
+    "sharding.params": ("replicated", "fsdp"),
     "model.name": ("resnet18", "resnet34", "resnet50", "resnet101", "vit_s16", "vit_b16"),
     "model.stem": ("imagenet", "stride16", "cifar"),
     "model.dtype": ("bfloat16", "float32"),
@@ -53,7 +55,7 @@ _AT_LEAST = {
     "model.projector_hidden": 1, "model.projector_out": 1, "model.predictor_hidden": 1,
     "optim.final_lr": 0, "optim.clip_norm": 0, "optim.trust": 1e-6, "pairs.jitter_shift": 0,
     "data.min_side": 0, "data.max_pixels": 0, "eval.limit": 0, "tasks.pixels": 2, "tasks.max_boxes": 1,
-    "tasks.limit": 0,
+    "tasks.limit": 0, "sharding.min_size": 1, "distributed_timeout": 5, "data.cache_gb": 0,
     "tasks.jobs": -1, "tasks.knn.temperature": 1e-3, "tasks.knn.bank_rows": 1, "tasks.linear.epochs": 1,
     "tasks.linear.batch_size": 2, "tasks.linear.weight_decay": 0, "tasks.semi.weight_decay": 0,
     "tasks.semi.epochs": 1, "tasks.semi.batch_size": 2, "tasks.voc_svm.samples": 1,
@@ -115,6 +117,9 @@ def _validate_length(c: ConfigDict, devices: int) -> None:
 
 
 def _validate_sizes(c: ConfigDict) -> None:
+    whole = min(c.data.window_area) >= 1
+    _need(c.data.cache != "canvas" or whole, c, "data.cache",
+          "keeps whole photos, but data.window_area is not (1, 1); use encoded")  # fmt: skip
     local = ("local.size",) if c.local.count else ()
     for name in ("crops.size", "saliency.size", *local):
         _need(_get(c, name) <= c.data.canvas, c, name, f"must not exceed data.canvas = {c.data.canvas}")

@@ -1,5 +1,6 @@
 """Meshes and transfers on 8 virtual devices, and real processes that meet over jax.distributed."""
 
+import itertools
 import os
 import socket
 import subprocess
@@ -12,6 +13,8 @@ import numpy as np
 import pytest
 
 from salcl_jax import sharding
+from salcl_jax.data.pipeline import train_batches
+from salcl_jax.data.sources import Source
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -189,3 +192,15 @@ def test_two_processes_share_batches_checkpoints_and_preemption(tmp_path):
     step = ends[0].split()[-1]
     assert int(step) < 199
     assert {p.name for p in (tmp_path / "run").iterdir()} == {"1", step, "damaged-2"}
+
+
+def test_device_batches_stay_as_they_are_while_host_memory_is_used_again():
+    """The input pipeline fills the arrays of earlier batches anew; on a CPU the device may share them."""
+    images = np.random.default_rng(0).integers(0, 256, (64, 48, 48, 3), np.uint8)
+    source = Source("memory", "arrays", (), len(images), lambda i: {"image": images[i]})
+    options = {"batch_size": 16, "canvas": 48, "seed": 0, "workers": 2, "prefetch": 1, "use_tf": False}
+    mesh = sharding.make_mesh()
+    found = itertools.islice(sharding.prefetch_to_device(train_batches(source, **options), mesh), 12)
+    kept = list(found)  # no numpy array is held here
+    for batch in kept:
+        np.testing.assert_array_equal(batch["image"], images[np.asarray(batch["id"])])

@@ -49,7 +49,7 @@ def list_files(root: str, extensions: tuple[str, ...], option: str) -> list[str]
 
         if not tf.io.gfile.isdir(root):
             raise FileNotFoundError(f"{root}: no such folder; check {option}")
-        walk = ((folder, names) for folder, _, names in tf.io.gfile.walk(root))
+        walk = _walk_remote(root, extensions)
     else:
         if not os.path.isdir(root):
             raise FileNotFoundError(f"{root}: no such folder; check {option}")
@@ -60,6 +60,18 @@ def list_files(root: str, extensions: tuple[str, ...], option: str) -> list[str]
         for name in names
         if name.lower().endswith(extensions) and not name.startswith("._")
     )
+
+
+def _walk_remote(folder: str, extensions: tuple[str, ...]) -> Iterator[tuple[str, list[str]]]:
+    """One request a folder; tf.io.gfile.walk sends one more for every file, hours for a data set."""
+    import tensorflow as tf
+
+    names = [name for name in tf.io.gfile.listdir(folder) if name.strip("/")]
+    yield folder, names
+    for name in names:
+        path = os.path.join(folder, name)
+        if not name.lower().endswith(extensions) and (name.endswith("/") or tf.io.gfile.isdir(path)):
+            yield from _walk_remote(path, extensions)
 
 
 def _walk(root: str) -> Iterator[tuple[str, list[str]]]:

@@ -2,18 +2,18 @@
 
 import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
+from salcl_jax.data import cache as caching
 from salcl_jax.data import workers as parallel
 from salcl_jax.data.decode import WHOLE
 from salcl_jax.data.examples import Unusable, blank, load
 from salcl_jax.data.sources import Source
 
 HostBatch = dict[str, np.ndarray]
-_GROUP = 8  # at most so many images a call: spreads the cost of entering tf.data
 _ORDER, _WINDOW = 1, 2  # independent random streams
 
 
@@ -49,10 +49,6 @@ def draw_window(
     return y, x, min(1.0, y + side), min(1.0, x + side)
 
 
-def _stack(examples: Sequence[dict[str, Any]], keys: Sequence[str]) -> HostBatch:
-    return {key: np.stack([example[key] for example in examples]) for key in keys}
-
-
 def _keys(source: Source, with_boxes: bool) -> tuple[str, ...]:
     keys = ("image", "aspect", "id", "skipped")
     keys += ("label",) if source.has_labels else ()
@@ -69,10 +65,9 @@ def _local(batch_size: int, process_index: int, process_count: int) -> int:
     return batch_size // process_count
 
 
-def _backend(source: Source, use_tf: bool | None) -> bool:
-    if use_tf is None:
-        return source.kind != "arrays" and parallel.has_tensorflow()
-    return use_tf
+def uses_tf(source: Source) -> bool:
+    """Whether batches of the source come by tf.data where the caller does not choose."""
+    return source.kind != "arrays" and parallel.has_tensorflow()
 
 
 def train_batches(
@@ -92,6 +87,8 @@ def train_batches(
     workers: int = 8,
     prefetch: int = 2,
     use_tf: bool | None = None,
+    cache: str = "none",
+    cache_gb: float = 0.0,
 ) -> Iterator[HostBatch]:
     """Endless batches; step t holds positions t * B .. (t + 1) * B - 1 of the shuffled stream.
 
@@ -99,7 +96,8 @@ def train_batches(
     one would. Starts at start_step at once. Fields: image uint8 [n, s, s, 3], aspect float32 [n],
     id, skipped int32 [n], label if the source has labels, and with_boxes boxes float32 [n, k, 4],
     classes int32 [n, k]. use_tf None = tf.data where tensorflow is installed and the source is not
-    in memory; both ways give the same batches. Raises ValueError.
+    in memory; both ways give the same batches, as does every cache ('none', 'encoded', 'canvas'; the
+    last needs whole photos) of at most cache_gb * 1e9 bytes. Raises ValueError.
     """
     local = _local(batch_size, process_index, process_count)
     if with_boxes and not source.has_boxes:
@@ -107,39 +105,42 @@ def train_batches(
     low, high = window_area
     if not 0.0 < low <= high <= 1.0:
         raise ValueError(f"window_area {window_area}: needs 0 < low <= high <= 1")
+    if cache == "canvas" and low < 1.0:
+        raise ValueError(f"cache canvas: windows differ with window_area {window_area}; use encoded")
     keys = _keys(source, with_boxes)
-    group = _divisor(local)
-    chunks = local // group
+    limit, n = cache_gb * 1e9, len(source)
+    source = caching.encoded(source, limit) if cache == "encoded" else source
 
-    def load_position(position: int) -> dict[str, Any]:
-        return load(
+    def load_photo(index: int, window: tuple[float, ...] = WHOLE) -> dict[str, Any]:
+        example = load(
             source,
-            order(position, len(source), seed),
+            index,
             canvas=canvas,
-            window=draw_window(position, seed, window_area),
-            max_boxes=max_boxes,
+            window=window,
+            max_boxes=max_boxes if with_boxes else 0,
             min_side=min_side,
             max_pixels=max_pixels,
         )
+        return {key: example[key] for key in keys}
 
-    def load_chunk(number: int) -> HostBatch:
-        step, part = divmod(number, chunks)
-        first = step * batch_size + process_index * local + part * group
-        return _stack([load_position(first + i) for i in range(group)], keys)
+    kept = caching.Cache(load_photo, limit) if cache == "canvas" else None
+
+    def load_row(step: int, row: int) -> dict[str, Any]:
+        position = step * batch_size + process_index * local + row
+        index = order(position, n, seed)
+        if kept is not None:
+            return kept(index)
+        return load_photo(index, draw_window(position, seed, window_area))
 
     return parallel.parallel_map(
-        load_chunk,
-        start_step * chunks,
+        load_row,
+        start_step,
         None,
-        chunks,
+        local,
         workers=workers,
         prefetch=prefetch,
-        use_tf=_backend(source, use_tf),
+        use_tf=uses_tf(source) if use_tf is None else use_tf,
     )
-
-
-def _divisor(n: int) -> int:
-    return next(size for size in range(min(n, _GROUP), 0, -1) if n % size == 0)
 
 
 def eval_batches(
@@ -171,8 +172,6 @@ def eval_batches(
     if with_masks and not source.has_masks:
         raise ValueError(f"{source.name}: has no masks; use another source, or set data.masks of a folder")
     count = min(limit, len(source)) if limit else len(source)
-    group = _divisor(local)
-    chunks = local // group
     with_boxes = source.has_boxes and max_boxes > 0
     keys = (*_keys(source, with_boxes), "mask")
     keys += (("difficult",) if with_boxes else ()) + (("masks",) if with_masks else ())
@@ -188,17 +187,16 @@ def eval_batches(
             return blank(number, 1, **options)
         return example | {"mask": np.bool_(True)}
 
-    def load_chunk(number: int) -> HostBatch:
-        step, part = divmod(number, chunks)
-        first = step * batch_size + process_index * local + part * group
-        return _stack([load_number(first + i) for i in range(group)], keys)
+    def load_row(step: int, row: int) -> dict[str, Any]:
+        example = load_number(step * batch_size + process_index * local + row)
+        return {key: example[key] for key in keys}
 
     return parallel.parallel_map(
-        load_chunk,
+        load_row,
         0,
-        -(-count // batch_size) * chunks,
-        chunks,
+        -(-count // batch_size),
+        local,
         workers=workers,
         prefetch=prefetch,
-        use_tf=_backend(source, use_tf),
+        use_tf=uses_tf(source) if use_tf is None else use_tf,
     )

@@ -3,7 +3,7 @@
 import os
 import struct
 import threading
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
@@ -13,6 +13,7 @@ import numpy as np
 _HEADER = struct.Struct("<QI")  # length, masked crc32c of the length
 _OVERHEAD = 16  # header 12 bytes, crc of the data 4 bytes
 _OPEN_FILES = 128
+_IDLE_HANDLES = 16  # kept open per remote file
 
 
 class Index(NamedTuple):
@@ -40,18 +41,24 @@ class _LocalFile:
 
 
 class _RemoteFile:
-    """A gs:// object: one range request a read; seek and read are one step for other threads."""
+    """A gs:// object: one range request a read, as many at a time as there are readers."""
 
     def __init__(self, path: str):
         import tensorflow as tf
 
         self.size = tf.io.gfile.stat(path).length
-        self._file, self._lock = tf.io.gfile.GFile(path, "rb"), threading.Lock()
+        self._open = lambda: tf.io.gfile.GFile(path, "rb")
+        self._idle: deque = deque(maxlen=_IDLE_HANDLES)  # a handle has a position: one reader at a time
 
     def read(self, offset: int, length: int) -> bytes:
-        with self._lock:
-            self._file.seek(offset)
-            return self._file.read(length)
+        try:
+            file = self._idle.pop()
+        except IndexError:
+            file = self._open()
+        file.seek(offset)
+        data = file.read(length)
+        self._idle.append(file)  # not after an error: that handle is dropped
+        return data
 
 
 def _open(path: str) -> _LocalFile | _RemoteFile:

@@ -36,7 +36,8 @@ def open_prepared(name: str, split: str, data_dir: str | None) -> Source:
     if not prepared:
         where = os.path.expanduser(data_dir or tfds.core.constants.DATA_DIR)
         raise FileNotFoundError(
-            f"{name}: not prepared in {where}; run `tfds build {name} --data_dir={where}` there, "
+            f"{name}: not prepared in {where}; run `tfds build {name} --data_dir={where}` there "
+            "(coco and imagenet: launch/prepare_data.sh), "
             "or set data.data_dir"
         )
     return open_builder(builder, split)

@@ -1,0 +1,1 @@
+"""How fast the input and the training step are, and what stands in their way."""
