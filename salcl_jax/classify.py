@@ -22,19 +22,30 @@ ORL = {"orl": (28, (8, 16, 24)), "orl_places205": (14, (4, 8, 12)), "orl_inat18"
 _STREAM = 1  # of the order of training photos, beside that of the pre-training
 
 
-def linear_protocol(c: Any) -> str:
-    """The linear task's protocol in words, from the fields `tasks.linear`."""
+def linear_protocol(tasks: Any) -> str:
+    """The linear task's protocol in words, from the fields `tasks`."""
+    c = tasks.linear
+    few = f"; few labels by L-BFGS: {', '.join(c.subsets)}" if c.subsets else ""
     if c.protocol == "lbfgs":
-        return "logistic regression (L-BFGS) on pooled features"
+        return f"logistic regression (L-BFGS) on pooled features{few}"
+    crops = "random crops (raw pixels: cached)" if _streams(tasks, pixels=False) else "cached features"
     if c.protocol in ORL:
-        return f"{c.protocol}: five levels, {ORL[c.protocol][0]} epochs, SGD 0.01 in steps (ORL)"
-    crops = "random crops" if c.augment else "cached features"
-    return f"sgd: {len(c.rates)} rates in one pass, {c.epochs} epochs, cosine, {c.optimizer}, {crops}"
+        epochs = ORL[c.protocol][0]
+        return f"{c.protocol}: five levels, {epochs} epochs, SGD 0.01 in steps (ORL), {crops}{few}"
+    rates = f"{len(c.rates)} rates in one pass, {c.epochs} epochs, cosine"
+    return f"sgd: {rates}, {c.optimizer}, weight decay {c.weight_decay:g}, {crops}{few}"
+
+
+def _streams(tasks: Any, *, pixels: bool) -> bool:
+    """Whether the linear probe learns from new crops at each draw, not from cached features."""
+    new = tasks.linear.protocol in ORL or (tasks.linear.protocol == "sgd" and tasks.linear.augment)
+    return new and not pixels and tasks.classify.on == "image"
 
 
 def _classified(judge: Judge, subject: Subject, part: str, where: str = "") -> tuple:
     source = judge.source(part, where)
     return features.labelled(judge.features(subject, source, on=judge.config.tasks.classify.on))
+
 
 
 def knn(judge: Judge, subject: Subject) -> Figures:
@@ -67,8 +78,8 @@ def _linear_sgd(judge: Judge, subject: Subject) -> Figures:
     levels = ("pooled",) if pixels else LEVELS if orl else tuple(c.levels)
     epochs, milestones = ORL[c.protocol] if orl else (c.epochs, ())
     size = 256 if orl else c.batch_size
-    streams = (orl or c.augment) and not pixels and judge.config.tasks.classify.on == "image"
-    draw, held_out, fit_on = (_streamed if streams else _stored)(judge, subject, levels, size)
+    draw_from = _streamed if _streams(judge.config.tasks, pixels=pixels) else _stored
+    draw, held_out, fit_on = draw_from(judge, subject, levels, size)
     steps_per_epoch = max(1, fit_on // size)
     steps = epochs * steps_per_epoch
     test = _levels(judge, subject, judge.source("classify.test"), levels)

@@ -9,6 +9,7 @@ from typing import NoReturn
 from absl import flags, logging
 
 from salcl_jax import config as config_lib
+from salcl_jax.peers import AGAIN
 from salcl_jax.validation import validate
 
 USER_ERROR = 2  # exit code: something to mend in the command, configuration or data
@@ -56,7 +57,10 @@ def start(distributed: str, patience: int = 60) -> None:
 
     try:
         sharding.initialize_distributed(distributed, patience=patience)
-    except (RuntimeError, ValueError) as error:  # no such platform, or the others did not come
+    except ConnectionError as error:  # the others did not come; they may, the next time
+        say(f"stopped: {' '.join(str(error).split())}")
+        sys.exit(AGAIN)
+    except (RuntimeError, ValueError) as error:  # no such platform, no such mode
         leave(str(error))
 
 

@@ -12,7 +12,9 @@ def tasks() -> ConfigDict:
     c = ConfigDict()
     c.summary = ("linear", "knn", "voc_svm", "multilabel", "localization")  # what --task=summary runs
     c.baselines = ("untrained", "pixels")  # judged beside the network: same seed untrained, raw pixels
-    c.view = "center"  # what is seen of a test photo: center (0.875 of the short side) | whole (squashed)
+    # what linear and knn see of a test photo: center (0.875 of the short side) | whole (squashed); semi sees
+    # the first, voc_svm and multilabel the second
+    c.view = "center"
     c.pixels = 16  # side that photos are reduced to for the raw-pixel baseline
     c.limit = 0  # photos per set, evenly spread; 0 is all
     c.max_boxes = 128  # annotated objects kept per photo

@@ -95,7 +95,10 @@ def evaluate(
 
     began = time.monotonic()
     judge, subjects, step = _open(config, checkpoint, overridden or {})
-    about = {name: tasks.about(name, judge) for name in names}  # opens all photos: what lacks, lacks now
+    for name in names:
+        tasks.about(name, judge)  # opens all photos: what lacks, lacks now
+    meta = _meta(judge, subjects[0], checkpoint, step)
+    files: list[str] = []
     results: dict[str, dict[str, dict[str, float]]] = {}
     for name in names:
         results[name] = {
@@ -105,12 +108,14 @@ def evaluate(
         }
         if _is_main():
             print(f"\n{report.text_table({name: results[name]})}", flush=True)
-    galleries = {}
-    if "localization" in names and judge.config.tasks.localization.gallery:
-        galleries["localization_gallery"] = tasks.gallery(judge, subjects[0])
-    if _is_main():
-        meta = _meta(judge, checkpoint, step, time.monotonic() - began)
-        files = report.write(out, results, about, meta, galleries)
+        galleries = {}
+        if name == "localization" and judge.config.tasks.localization.gallery:
+            galleries["localization_gallery"] = tasks.gallery(judge, subjects[0])
+        if _is_main():  # now: an error in a later task must not lose this one
+            about = {name: tasks.about(name, judge)}
+            seconds = {"seconds": round(time.monotonic() - began, 1)}
+            files = report.write(out, {name: results[name]}, about, meta | seconds, galleries)
+    if files:
         print("\n" + "\n".join(files), flush=True)
     return results
 
@@ -151,7 +156,8 @@ def _is_main() -> bool:
     return jax.process_index() == 0
 
 
-def _meta(judge: Any, checkpoint: str, step: int, seconds: float) -> dict[str, Any]:
+def _meta(judge: Any, subject: Any, checkpoint: str, step: int) -> dict[str, Any]:
+    """What holds for all tasks; `subject` is the network that was trained."""
     import jax
 
     from salcl_jax import writer
@@ -160,9 +166,9 @@ def _meta(judge: Any, checkpoint: str, step: int, seconds: float) -> dict[str, A
     return {
         "checkpoint": checkpoint, "step": step, "branch": c.eval.branch,
         "network": f"{c.model.name}, width {c.model.width}, stem {c.model.stem}",
-        "size": c.eval.size, "seed": c.seed,
+        "size": c.eval.size, "seed": c.seed, "weights": subject.digest[:16],
         "hardware": f"{judge.mesh.size} x {jax.devices()[0].device_kind}", "versions": writer.versions(),
-        "command": " ".join(["python -m salcl_jax.evaluate", *sys.argv[1:]]), "seconds": round(seconds, 1),
+        "command": " ".join(["python -m salcl_jax.evaluate", *sys.argv[1:]]),
         "date": datetime.now().astimezone().isoformat(timespec="seconds"),
     }  # fmt: skip
 

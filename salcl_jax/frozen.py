@@ -167,14 +167,18 @@ def make_dense_pixels(size: int) -> Callable[..., Float[Array, "b h w d"]]:
     return features
 
 
+def map_source(config: Any) -> str:
+    """The source of the map that a network is judged by."""
+    return "activation" if config.saliency.source == "none" else config.saliency.source
+
+
 def make_maps_fn(network: Network, config: Any, mesh: Mesh) -> Callable:
     """Function (state, images uint8 [n, s, s, 3]) -> (maps [n, h, w], Rois), both numpy.
 
     A run without guidance is judged by the map that it would give with `saliency.source = activation`.
     """
     config = config.copy_and_resolve_references()
-    if config.saliency.source == "none":
-        config.saliency.source = "activation"
+    config.saliency.source = map_source(config)
     saliency = make_saliency(network, config)
 
     def run(state: TrainState, images: UInt8[Array, "b s s 3"]) -> tuple[Array, Rois]:

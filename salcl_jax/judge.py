@@ -5,6 +5,7 @@ A *subject* is what is judged: the trained network, the same network untrained, 
 
 import dataclasses
 import hashlib
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -21,7 +22,7 @@ from salcl_jax.models.network import Network
 from salcl_jax.types import HostBatch, TrainState
 
 Columns = dict[str, np.ndarray]
-_FORMAT = 1  # raise when the same key would give other features
+_FORMAT = 2  # raise when the same key would give other features
 
 
 class Subject(NamedTuple):
@@ -44,6 +45,7 @@ class Judge:
     kept: dict[tuple, Any] = dataclasses.field(default_factory=dict)  # what a picture needs later
     opened: dict[str, Source] = dataclasses.field(default_factory=dict)
     compiled: dict[tuple, Callable] = dataclasses.field(default_factory=dict)
+    unread: dict[Source, int] = dataclasses.field(default_factory=dict)  # photos that could not be used
 
     def subject(self, name: str, state: TrainState | None) -> Subject:
         """A subject whose features may be cached."""
@@ -62,24 +64,54 @@ class Judge:
         return self.opened[part, where]
 
     def batches(self, source: Source, label: str, **fields) -> Iterator[HostBatch]:
-        """Every photo once, with progress; fields as of `frozen.batches`."""
+        """Every photo once, with progress; fields as of `frozen.batches`. Counts the unusable ones."""
         c = self.config.tasks
-        count = min(len(source), c.limit or len(source))
-        size = frozen.divisible(self.config.eval.batch_size, self.mesh)
         found = frozen.batches(
-            source, self.config, batch_size=size, limit=c.limit, max_boxes=c.max_boxes, **fields
+            source, self.config, batch_size=self.batch_size, limit=c.limit, max_boxes=c.max_boxes, **fields
         )
-        return self.watch(found, -(-count // size), label)
+        steps = -(-self.count(source) // self.batch_size)
+        return self.watch(self._counted(source, found), steps, label)
+
+    @property
+    def batch_size(self) -> int:
+        """Photos of a batch."""
+        return frozen.divisible(self.config.eval.batch_size, self.mesh)
+
+    def count(self, source: Source) -> int:
+        """How many photos of a source a task looks at, usable or not."""
+        return min(len(source), self.config.tasks.limit or len(source))
+
+    def _counted(self, source: Source, batches: Iterator[HostBatch]) -> Iterator[HostBatch]:
+        lost = 0
+        for batch in batches:
+            lost += int(np.sum(batch["skipped"][~batch["mask"]]))
+            yield batch
+        self._note(source, lost)
+
+    def _note(self, source: Source, lost: int) -> None:
+        if lost and source not in self.unread and jax.process_index() == 0:
+            few = f"{lost:,} of {self.count(source):,} photos cannot be used and count in no figure"
+            print(f"warning: {source.name}: {few}; check the files", file=sys.stderr, flush=True)
+        self.unread[source] = lost
 
     def features(
-        self, subject: Subject, source: Source, levels: Sequence[str] = ("pooled",), on: str = "image"
+        self,
+        subject: Subject,
+        source: Source,
+        levels: Sequence[str] = ("pooled",),
+        on: str = "image",
+        view: str | None = None,
     ) -> Columns:
-        """Columns of `evaluators.features.columns` for these photos; raw pixels have one level, 'pooled'."""
+        """Columns of `evaluators.features.columns` for these photos; raw pixels have one level, 'pooled'.
+
+        view: None is `tasks.view`.
+        """
         c = self.config.tasks
-        key = {"levels": sorted(levels), "on": on, "view": c.view, "size": self.config.eval.size}
+        view = view or c.view
+        key = {"levels": sorted(levels), "on": on, "view": view, "size": self.config.eval.size}
         if subject.state is None:
             key |= {"levels": ["pooled"], "size": c.pixels}
-        columns = partial(features.columns, on=on, view=c.view)
+        columns = partial(features.columns, on=on, view=view)
         compute = partial(self._columns, subject, tuple(sorted(levels)))
         label = f"{subject.name}: features of {len(source):,} photos"
         return self._cached(
@@ -137,7 +169,30 @@ class Judge:
             "format": _FORMAT, "weights": subject.digest, "model": model, "data": source.digest(),
             "limit": c.tasks.limit, "max_boxes": c.tasks.max_boxes, **data, **key,
         }  # fmt: skip
-        return feature_cache.cached(self.cache if subject.digest else None, key, compute)
+
+        def with_unread() -> Columns:
+            return compute() | {"unread": np.array([self.unread[source]], np.int32)}
+
+        found = dict(feature_cache.cached(self.cache if subject.digest else None, key, with_unread))
+        self._note(source, int(found.pop("unread")[0]))
+        return found
+
+
+def shared_classes(train: Source, test: Source) -> tuple[str, ...]:
+    """Names of the classes of both sources; ValueError where a number means two classes.
+
+    Sources without names, or with numbers for names, go with any; one may know the first classes only.
+    """
+    names = train.class_names, test.class_names
+    spoken = [known for known in names if known and known != tuple(map(str, range(len(known))))]
+    if len(spoken) == 2:
+        odd = next((i for i, (a, b) in enumerate(zip(*spoken, strict=False)) if a != b), None)
+        if odd is not None:
+            raise ValueError(
+                f"{train.name} and {test.name} number their classes differently: class {odd} is "
+                f"{spoken[0][odd]!r} and {spoken[1][odd]!r}; use one list of classes for both"
+            )
+    return max([*spoken, *names], key=len)
 
 
 def subset(source: Source, rows: np.ndarray) -> Source:

@@ -2,8 +2,8 @@
 
 results: {task: {row: figures}}; rows are 'trained', 'untrained' and 'pixels', any of which a task may lack;
 figures are flat as 'task/name', shares in 0..1, NaN where undefined. about: {task: {'protocol': ...,
-'data': ..., 'examples': ...}}. meta: checkpoint, step, branch, network, size, hardware, versions, command,
-seconds, date, as far as known.
+'data': ..., 'examples': ...}}. meta: checkpoint, step, branch, network, size, seed, weights (a digest),
+hardware, versions, command, seconds, date, as far as known.
 """
 
 import json
@@ -59,8 +59,11 @@ _HEADLINES: dict[str, tuple[Headline, ...]] = {
     "segmentation": (("miou", "mean IoU", "share"), ("accuracy", "pixel accuracy", "share")),
 }
 _CHANCE = {"random": "random", "center": "centre", "whole": "whole image"}
-_IDENTITY = ("checkpoint", "step", "branch")  # what figures must share to stand in one report
-_META = ("checkpoint", "step", "branch", "network", "size", "hardware", "versions", "seconds", "date")
+_IDENTITY = ("checkpoint", "step", "branch", "size", "seed", "weights")  # what figures must share to stand in one report
+_META = (
+    "checkpoint", "step", "branch", "network", "size", "seed", "weights", "hardware", "versions", "seconds",
+    "date",
+)  # fmt: skip
 _NOTHING = "-"
 
 
@@ -118,9 +121,9 @@ def write(
 ) -> list[str]:
     """Write eval.json, eval.md and plots/*.png into the folder; returns their paths.
 
-    galleries: name -> picture uint8 [h, w, 3]. Tasks of an eval.json of the same checkpoint, step and
-    branch stay unless they were evaluated again, with the command and date of their own; a report of
-    anything else is replaced, its plots with it. eval.json is {"meta", "about", "results"}, null for
+    galleries: name -> picture uint8 [h, w, 3]. Tasks of an eval.json of the same checkpoint, step, branch,
+    size, seed and weights stay unless they were evaluated again, with the command and date of their own; a
+    report of anything else is replaced, its plots with it. eval.json is {"meta", "about", "results"}, null for
     what is not finite. Each file is replaced whole. Raises ValueError for a folder that is not local.
     """
     if "://" in os.fspath(folder):

@@ -132,8 +132,8 @@ def initialize_distributed(mode: str, timeout: int = 300, patience: int = 60) ->
         otherwise wait without a word.
       patience: seconds of silence after which another process counts as gone, see `peers`.
 
-    Prints one line 'process i of n'. Raises ValueError for another mode and when the start
-    fails; when the others stay away beyond the time-out jax ends the process itself.
+    Prints one line 'process i of n'. Raises ValueError for another mode and ConnectionError when the
+    start fails; when the others stay away beyond the time-out jax ends the process itself.
     """
     options = _parse_mode(mode)
     if mode != "none" and not jax.distributed.is_initialized():
@@ -148,7 +148,7 @@ def initialize_distributed(mode: str, timeout: int = 300, patience: int = 60) ->
         except (RuntimeError, ValueError) as error:
             reason = str(error).strip().split("\n")[0]
             if mode != "auto" or not any(alone in reason for alone in _ALONE):
-                raise ValueError(
+                raise ConnectionError(
                     f"distributed start '{mode}' failed ({reason}): start all processes, "
                     "and check that the address of process 0 is reachable"
                 ) from error

@@ -16,7 +16,8 @@ from salcl_jax.evaluators import (
     segmentation,
     voc_svm,
 )
-from salcl_jax.judge import Judge, Subject
+from salcl_jax.judge import Judge, Subject, shared_classes
+from salcl_jax.types import Rois
 
 Figures = dict[str, float]
 PIXELS = ("linear", "knn", "voc_svm", "multilabel", "segmentation")  # where raw pixels are a baseline
@@ -28,44 +29,80 @@ def run(task: str, judge: Judge, subject: Subject) -> Figures:
         "linear": classify.linear_probe, "knn": classify.knn, "semi": classify.semi, "voc_svm": _voc_svm,
         "multilabel": _multilabel, "localization": _localization, "segmentation": _segmentation,
     }  # fmt: skip
+    _open(task, judge)
     return protocols[task](judge, subject)
 
 
+def _open(task: str, judge: Judge) -> dict[str, Source]:
+    """Photos of a task: 'train', of the first fold where there are several, and 'test'."""
+    folds = {"semi.train": classify.folds(judge.config.tasks.semi.folds)[0]}
+    found = {part.split(".")[1]: judge.source(part, folds.get(part, "")) for part in TASKS[task]}
+    if task == "linear":
+        for spec in judge.config.tasks.linear.subsets:
+            judge.source("classify.train", classify.folds(spec)[0])
+    if "train" in found:
+        shared_classes(found["train"], found["test"])
+    return found
+
+
 def about(task: str, judge: Judge) -> dict[str, str]:
-    """Protocol and photos of a task, in words for a report."""
+    """Protocol, view and photos of a task, in words for a report; after it, also which photos failed.
+
+    Raises ValueError where photos are missing, or train and test number their classes differently.
+    """
     c, saliency = judge.config.tasks, judge.config.saliency
+    source = frozen.map_source(judge.config)
+    against = f", each against its batch of {judge.batch_size}" if source in ("contrast", "gradcam") else ""
     protocol = {
-        "linear": classify.linear_protocol(c.linear),
+        "linear": classify.linear_protocol(c),
         "knn": f"weighted k-NN, cosine, temperature {c.knn.temperature:g} (Wu et al. 2018)",
-        "semi": f"fine-tuning, {c.semi.epochs} epochs, {len(c.semi.rates)} x {len(c.semi.multipliers)} rates "
-                f"chosen by {c.semi.choose.replace('_', ' ')} (ORL)",
+        "semi": f"fine-tuning, {c.semi.epochs} epochs, weight decay {c.semi.weight_decay:g}, "
+                f"{len(c.semi.rates)} x {len(c.semi.multipliers)} rates chosen by "
+                f"{c.semi.choose.replace('_', ' ')} (ORL){_folds(c.semi.folds)}",
         "voc_svm": f"linear SVMs on {', '.join(c.voc_svm.levels)}, 19 costs, 3-fold choice (VOC07, ORL)",
         "multilabel": "one-vs-rest logistic regression on pooled features, mAP without interpolation",
-        "localization": f"map '{saliency.source}' of the {saliency.branch} network at {saliency.size} px",
+        "localization": f"map '{source}' of the {saliency.branch} network at {saliency.size} px{against}",
         "segmentation": f"linear probe on {', '.join(c.segmentation.stages)} at {c.segmentation.size} px",
     }[task]  # fmt: skip
-    parts = {part.split(".")[1]: judge.source(part) for part in TASKS[task]}
-    return {"protocol": protocol} | {
-        name: f"{min(len(s), c.limit or len(s)):,} of {s.name}" for name, s in parts.items()
-    }
+    photos = {}
+    for name, s in _open(task, judge).items():
+        count = len(s) if (task, name) == ("semi", "train") else judge.count(s)  # no limit on few labels
+        lost = judge.unread.get(s, 0)
+        photos[name] = f"{count - lost:,} of {s.name}" + (f" ({lost:,} cannot be used)" if lost else "")
+    view = _view(task, judge)
+    return {"protocol": protocol} | ({"view": view} if view else {}) | photos
 
 
-def _image_labels(table: features.Columns, source: Source) -> np.ndarray:
+def _folds(spec: str) -> str:
+    count = len(classify.folds(spec))
+    return f", mean of {count} folds, {spec}" if count > 1 else f", {spec}" if spec else ""
+
+
+def _view(task: str, judge: Judge) -> str:
+    """What is seen of a photo that is tested, for tasks on features of photos or objects."""
+    c = judge.config.tasks
+    words = {"center": "central square, 0.875 of the short side", "whole": "whole photo, squashed to a square"}
+    if task in ("linear", "knn"):
+        return words[c.view] if c.classify.on == "image" else "objects in their boxes, 0.2 wider at each end"
+    return {"semi": words["center"], "voc_svm": words["whole"], "multilabel": words["whole"]}.get(task, "")
+
+
+def _image_labels(table: features.Columns, source: Source, count: int) -> np.ndarray:
     if "classes" not in table or not source.class_names:
         raise ValueError(f"{source.name}: has no boxes with classes; name a source that has")
-    return average_precision.image_labels(
-        np.asarray(table["classes"]), table.get("difficult"), len(source.class_names)
-    )
+    return average_precision.image_labels(np.asarray(table["classes"]), table.get("difficult"), count)
 
 
 def _with_image_labels(judge: Judge, subject: Subject, task: str, levels: tuple[str, ...]) -> tuple:
-    """For train and test: features by level and labels of each image; the names of the classes."""
+    """For train and test: features by level and labels of each image; the names of the classes.
+
+    Photos are seen whole, squashed to a square (VOC07, ORL): an object at the edge is among the labels.
+    """
     sources = [judge.source(f"{task}.{part}") for part in ("train", "test")]
-    if sources[0].class_names != sources[1].class_names:
-        raise ValueError(f"tasks.{task}: train and test have different classes; use one list of categories")
-    tables = [judge.features(subject, source, levels) for source in sources]
-    labels = [_image_labels(table, source) for table, source in zip(tables, sources, strict=True)]
-    return *zip(tables, labels, strict=True), sources[0].class_names
+    names = shared_classes(*sources)
+    tables = [judge.features(subject, source, levels, view="whole") for source in sources]
+    labels = [_image_labels(table, s, len(names)) for table, s in zip(tables, sources, strict=True)]
+    return *zip(tables, labels, strict=True), names
 
 
 def _multilabel(judge: Judge, subject: Subject) -> Figures:
@@ -96,28 +133,27 @@ def _localization(judge: Judge, subject: Subject) -> Figures:
         raise ValueError(f"localization: {source.name} has no boxes; name a source that has")
     label = f"{subject.name}: maps of {len(source):,} photos"
     batches = judge.batches(source, label, masks=source.has_masks)
-    columns = localization.collect(partial(judge.maps_fn(), subject.state), batches)
-    judge.kept["localization", subject.name] = columns
+    drawn: list | None = [] if judge.config.tasks.localization.gallery else None
+    columns = localization.collect(partial(judge.maps_fn(), subject.state), batches, drawn)
+    judge.kept["localization", subject.name] = columns, drawn
     return localization.summarise(columns)
 
 
 def gallery(judge: Judge, subject: Subject) -> np.ndarray:
     """Picture of the photos whose objects the regions cover best, middling and worst; after the task."""
     c, count = judge.config, judge.config.tasks.localization.gallery
-    columns, source = judge.kept["localization", subject.name], judge.source("localization.test")
+    (columns, drawn), source = judge.kept["localization", subject.name], judge.source("localization.test")
     known = np.flatnonzero(columns["boxes"] > 0)
     order = known[np.argsort(-columns["coverage"][known], kind="stable")]
     middle = max(0, len(order) // 2 - count // 2)
     chosen = np.unique(np.r_[order[:count], order[middle : middle + count], order[-count:]])
     sizes = {"canvas": c.data.canvas, "max_boxes": c.tasks.max_boxes, "max_pixels": c.data.max_pixels}
     examples = [load(source, int(columns["id"][i]), tries=1, **sizes) for i in chosen]
-    images, boxes = (np.stack([example[name] for example in examples]) for name in ("image", "boxes"))
-    pad = frozen.divisible(len(images), judge.mesh) - len(images)
-    maps, rois = judge.maps_fn()(subject.state, np.concatenate([images, images[:1].repeat(pad, 0)]))
-    rois = type(rois)(*(x[: len(images)] for x in rois))
-    return report.gallery(
-        images, maps[: len(images)], rois, boxes, columns["coverage"][chosen], count=count
-    )
+    batch = {name: np.stack([x[name] for x in examples]) for name in ("image", "boxes", "difficult")}
+    maps = np.concatenate([maps for maps, _ in drawn])[chosen]
+    rois = Rois(*(np.concatenate(parts)[chosen] for parts in zip(*(r for _, r in drawn), strict=True)))
+    boxes = localization.counted(batch)
+    return report.gallery(batch["image"], maps, rois, boxes, columns["coverage"][chosen], count=count)
 
 
 def _segmentation(judge: Judge, subject: Subject) -> Figures:
@@ -127,7 +163,7 @@ def _segmentation(judge: Judge, subject: Subject) -> Figures:
         if not source.has_masks:
             raise ValueError(f"segmentation: {source.name} has no masks; name a source that has")
     tables = [judge.dense(subject, source) for source in sources]
-    names = ("background", *sources[0].class_names)
+    names = ("background", *shared_classes(*sources))
     names = names if len(names) == c.classes else tuple(map(str, range(c.classes)))
     return segmentation.evaluate(
         *((table["features"], table["masks"]) for table in tables), num_classes=c.classes,

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 
-from salcl_jax import sharding
+from salcl_jax import cli, sharding
 from salcl_jax.data.pipeline import train_batches
 from salcl_jax.data.sources import Source
 
@@ -204,3 +204,18 @@ def test_device_batches_stay_as_they_are_while_host_memory_is_used_again():
     kept = list(found)  # no numpy array is held here
     for batch in kept:
         np.testing.assert_array_equal(batch["image"], images[np.asarray(batch["id"])])
+
+
+def test_a_start_without_the_others_may_be_tried_again(monkeypatch, capsys):
+    def nobody(**options):
+        raise RuntimeError("DEADLINE_EXCEEDED: nobody there\nstack")
+
+    monkeypatch.setattr(jax.distributed, "initialize", nobody)
+    with pytest.raises(SystemExit) as left:
+        cli.start("10.0.0.1:1234,2,1")
+    lines = capsys.readouterr().err.splitlines()
+    assert left.value.code == 75 and len(lines) == 1
+    assert lines[0].startswith("stopped: distributed start '10.0.0.1:1234,2,1' failed (DEADLINE_EXCEEDED: ")
+    with pytest.raises(SystemExit) as left:
+        cli.start("10.0.0.1:1234,2,2")
+    assert left.value.code == 2

@@ -58,7 +58,8 @@ def open_source(spec: Mapping[str, Any]) -> Source:
         labels: CSV with columns file, label, maybe name;
         regions: CSV with columns file, segment_files: human segmentations (see regions.py);
         label_from_folder: the parent folder's name is the class.
-      split, where ('column=value[,column=value]'): rows of `labels` or `regions` to keep.
+      split, where ('column=value[,column=value]'): rows of `labels` or `regions` to keep; other kinds
+      have no such rows.
       list: text file, a photo to keep a line (relative path or bare name, maybe a label after it).
       masks: folder of PNG label maps named as the photos.
     Raises ValueError or FileNotFoundError with one line.
@@ -67,6 +68,11 @@ def open_source(spec: Mapping[str, Any]) -> Source:
     openers = {"folder": _folder, "arrays": _arrays, "tfds": _tfds, "scenes": _scenes}
     if kind not in openers:
         raise ValueError(f"data kind {kind!r}: unknown; use one of {', '.join(sorted(openers))}")
+    if kind != "folder" and tables.parse_where(spec.get("where") or ""):
+        raise ValueError(
+            f"data.where {spec['where']!r}: chooses rows of a folder's CSV file, which kind {kind!r} does not "
+            "have; drop it (folds and subsets of tasks set it too), or use kind 'folder' with labels"
+        )
     source = openers[kind](spec)
     expected = int(spec.get("expected") or 0)
     if expected and len(source) != expected:

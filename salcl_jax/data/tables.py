@@ -31,7 +31,7 @@ def folder_labels(files: list[str]) -> Table:
 
 def coco(path: str, roots: tuple[str, ...], files: list[str]) -> Table:
     """Boxes, classes and difficult of COCO-style JSON; crowds are dropped, photos without stay."""
-    data = json.loads(read_text(path))
+    data = _boxes_json(path)
     categories = sorted(data["categories"], key=lambda category: category["id"])
     number = {category["id"]: i for i, category in enumerate(categories)}
     objects: dict[Any, list[tuple]] = {image["id"]: [] for image in data["images"]}
@@ -50,6 +50,33 @@ def coco(path: str, roots: tuple[str, ...], files: list[str]) -> Table:
         columns["difficult"].append(np.array([hard for _, _, hard in found], bool))
     files = locate([image["file_name"] for image in data["images"]], roots, files, path)
     return Table(files, columns, tuple(category["name"] for category in categories))
+
+
+def _boxes_json(path: str) -> dict[str, list[dict]]:
+    """The content of COCO-style JSON with boxes; ValueError names what is missing."""
+    data = json.loads(read_text(path))
+    parts = {
+        "categories": ("id", "name"), "images": ("id", "file_name", "width", "height"),
+        "annotations": ("image_id", "category_id", "bbox"),
+    }  # fmt: skip
+    for part, needed in parts.items():
+        if not isinstance(data, dict) or part not in data:
+            raise ValueError(f"{path}: has no {part}; give COCO-style JSON of objects with boxes")
+        for entry in data[part]:
+            if entry.get("iscrowd"):  # is not read
+                continue
+            missing = [key for key in needed if entry.get(key) is None]
+            if missing:
+                which = f"{part} entry {entry.get('id', '')} has no {', '.join(missing)}"
+                raise ValueError(f"{path}: {which}; give COCO-style JSON of objects with boxes")
+    known = {category["id"] for category in data["categories"]}
+    for note in data["annotations"]:
+        if not note.get("iscrowd") and note["category_id"] not in known:
+            raise ValueError(
+                f"{path}: category {note['category_id']} of an object of image {note['image_id']} is not among "
+                "the categories; add it there or drop the object"
+            )
+    return data
 
 
 def labels(path: str, roots: tuple[str, ...], files: list[str], where: Sequence[tuple[str, str]]) -> Table:

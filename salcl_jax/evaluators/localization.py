@@ -1,7 +1,8 @@
 """How well saliency maps and ROIs find the annotated objects, with chance levels beside them.
 
 Every score is computed per image first and averaged last, over the images that have boxes (masks:
-that have object and background). A ground-truth box without area is padding.
+that have object and background). A ground-truth box without area is padding; one that is marked difficult
+does not count.
 """
 
 from collections.abc import Callable, Iterable
@@ -19,7 +20,8 @@ def evaluate(maps_fn: Callable, batches: Iterable[HostBatch]) -> dict[str, float
 
     maps_fn(images uint8 [n, s, s, 3]) returns (maps [n, h, w] in [0, 1], Rois) as numpy arrays; a
     batch needs 'boxes' [n, k, 4] and may have 'masks' uint8 [n, t, t] (0 background, 255 unknown,
-    the rest objects) and 'mask' [n], False for padding examples. 'recall@0.5/r<r>' and
+    the rest objects), 'difficult' [n, k], boxes that do not count, and 'mask' [n], False for padding
+    examples, in whose place maps_fn sees others of the batch. 'recall@0.5/r<r>' and
     'coverage/r<r>' are those of the r valid ROIs of highest score, without '/r<r>' of all.
     Images without boxes are only counted, but for their mask. 'inside_ratio' is NaN where all is
     dark outside the boxes, or no image has both sides. Raises ValueError where a batch has no boxes
@@ -28,11 +30,14 @@ def evaluate(maps_fn: Callable, batches: Iterable[HostBatch]) -> dict[str, float
     return summarise(collect(maps_fn, batches))
 
 
-def collect(maps_fn: Callable, batches: Iterable[HostBatch]) -> dict[str, np.ndarray]:
+def collect(
+    maps_fn: Callable, batches: Iterable[HostBatch], drawn: list[tuple[np.ndarray, Rois]] | None = None
+) -> dict[str, np.ndarray]:
     """Scores of each image as columns [n], NaN where it has none; arguments as for `evaluate`.
 
     'index' is an image's position in the set, padding examples not counted, 'id' its number in the
-    source where the batch has 'id' (else the index), 'boxes' how many it has.
+    source where the batch has 'id' (else the index), 'boxes' how many count. The (maps, Rois) of each
+    batch's images are appended to `drawn`.
     """
     parts, seen = [], 0
     for batch in batches:
@@ -41,17 +46,29 @@ def collect(maps_fn: Callable, batches: Iterable[HostBatch]) -> dict[str, np.nda
         keep = np.asarray(batch.get("mask", np.ones(len(batch["boxes"]), bool)), bool)
         if not keep.any():
             continue
-        maps, rois = maps_fn(batch["image"])
-        maps, boxes = np.asarray(maps)[keep], batch["boxes"][keep]
+        # A map may depend on the other images of its batch: the place of padding is taken by real ones.
+        rows, good = np.arange(len(keep)), np.flatnonzero(keep)
+        maps, rois = maps_fn(batch["image"][np.where(keep, rows, good[rows % len(good)])])
+        maps, rois = np.asarray(maps)[keep], Rois(*(np.asarray(x)[keep] for x in rois))
+        if drawn is not None:
+            drawn.append((maps, rois))
+        boxes = counted(batch)[keep]
         index = seen + np.arange(len(boxes))
         seen += len(boxes)
-        part = per_image(maps, Rois(*(np.asarray(x)[keep] for x in rois)), boxes, index)
+        part = per_image(maps, rois, boxes, index)
         part |= map_masks.scores(maps, batch["masks"][keep] if "masks" in batch else None)
         which = {"index": index, "id": batch["id"][keep] if "id" in batch else index}
         parts.append({**which, "boxes": real_boxes(boxes).sum(-1), **part})
     if not any(part["boxes"].any() for part in parts):
         raise ValueError("localization: no image has a ground-truth box; check the data")
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def counted(batch: HostBatch) -> np.ndarray:
+    """Boxes [n, k, 4] of a batch that scores count: zero rows where one is difficult."""
+    if "difficult" not in batch:
+        return batch["boxes"]
+    return np.where(batch["difficult"][:, :, None], np.float32(0), batch["boxes"])
 
 
 def summarise(columns: dict[str, np.ndarray]) -> dict[str, float]:

@@ -100,7 +100,7 @@ def train(
     schedule: Schedule | None = None,
     optimizer: str = "sgd",
     momentum: float = 0.9,
-    nesterov: bool = True,
+    nesterov: bool | None = None,
     weight_decay: float = 0.0,
     trust: float = 1e-3,
     batch_norm: bool = False,
@@ -111,7 +111,8 @@ def train(
 
     rates: learning rates for a batch of 256, scaled linearly with the batch. schedule: function of the
     step that gives their factor (None: cosine). optimizer: 'sgd' as torch's, or 'lars' (trust ratio
-    `trust`, then momentum, then the learning rate, as BYOL). Weight decay and trust ratio know no
+    `trust`, then momentum, then the learning rate, as BYOL). nesterov: None is Nesterov's momentum with sgd
+    and the plain one with lars. Weight decay and trust ratio know no
     exceptions: they hold for biases too. Kernels start from N(0, 0.01^2), the same for all rates, biases
     from 0. batch_norm: a BatchNorm without scale and offset before the heads, with torch's momentum 0.1
     and unbiased running variance. loss: function (logits [b, c], targets) -> scalar.
@@ -123,6 +124,7 @@ def train(
             f"probe: optimizer={optimizer!r}, steps={steps}, rates={tuple(rates)}: use 'sgd' or 'lars', "
             "1 step or more, and at least one rate above 0"
         )
+    nesterov = optimizer == "sgd" if nesterov is None else nesterov
     settings = heads.Settings(optimizer, momentum, nesterov, weight_decay, trust, batch_norm, loss)
     schedule, state = schedule or cosine(steps), None
     for step in range(steps):
