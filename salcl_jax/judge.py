@@ -89,7 +89,8 @@ class Judge:
         self._note(source, lost)
 
     def _note(self, source: Source, lost: int) -> None:
-        if lost and source not in self.unread and jax.process_index() == 0:
+        told = {other.digest() for other, count in self.unread.items() if lost and count}
+        if lost and source.digest() not in told and jax.process_index() == 0:
             few = f"{lost:,} of {self.count(source):,} photos cannot be used and count in no figure"
             print(f"warning: {source.name}: {few}; check the files", file=sys.stderr, flush=True)
         self.unread[source] = lost

@@ -59,7 +59,8 @@ _HEADLINES: dict[str, tuple[Headline, ...]] = {
     "segmentation": (("miou", "mean IoU", "share"), ("accuracy", "pixel accuracy", "share")),
 }
 _CHANCE = {"random": "random", "center": "centre", "whole": "whole image"}
-_IDENTITY = ("checkpoint", "step", "branch", "size", "seed", "weights")  # what figures must share to stand in one report
+# What figures must share to stand in one report.
+_IDENTITY = ("checkpoint", "step", "branch", "size", "seed", "weights")
 _META = (
     "checkpoint", "step", "branch", "network", "size", "seed", "weights", "hardware", "versions", "seconds",
     "date",
@@ -123,8 +124,8 @@ def write(
 
     galleries: name -> picture uint8 [h, w, 3]. Tasks of an eval.json of the same checkpoint, step, branch,
     size, seed and weights stay unless they were evaluated again, with the command and date of their own; a
-    report of anything else is replaced, its plots with it. eval.json is {"meta", "about", "results"}, null for
-    what is not finite. Each file is replaced whole. Raises ValueError for a folder that is not local.
+    report of anything else is replaced, its plots with it. eval.json is {"meta", "about", "results"}, null
+    for what is not finite. Each file is replaced whole. Raises ValueError for a folder that is not local.
     """
     if "://" in os.fspath(folder):
         raise ValueError(f"report: {folder} is not a local folder; write to one and copy it there")

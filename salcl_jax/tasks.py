@@ -81,10 +81,11 @@ def _folds(spec: str) -> str:
 def _view(task: str, judge: Judge) -> str:
     """What is seen of a photo that is tested, for tasks on features of photos or objects."""
     c = judge.config.tasks
-    words = {"center": "central square, 0.875 of the short side", "whole": "whole photo, squashed to a square"}
+    words = {"center": "central square, 0.875 of the short side", "whole": "whole photo, made square"}
     if task in ("linear", "knn"):
         return words[c.view] if c.classify.on == "image" else "objects in their boxes, 0.2 wider at each end"
-    return {"semi": words["center"], "voc_svm": words["whole"], "multilabel": words["whole"]}.get(task, "")
+    seen = {"semi": "center", "voc_svm": "whole", "multilabel": "whole", "segmentation": "whole"}
+    return words[seen[task]] if task in seen else ""
 
 
 def _image_labels(table: features.Columns, source: Source, count: int) -> np.ndarray:
@@ -135,14 +136,15 @@ def _localization(judge: Judge, subject: Subject) -> Figures:
     batches = judge.batches(source, label, masks=source.has_masks)
     drawn: list | None = [] if judge.config.tasks.localization.gallery else None
     columns = localization.collect(partial(judge.maps_fn(), subject.state), batches, drawn)
-    judge.kept["localization", subject.name] = columns, drawn
+    judge.kept["localization", subject.name], judge.kept["maps", subject.name] = columns, drawn
     return localization.summarise(columns)
 
 
 def gallery(judge: Judge, subject: Subject) -> np.ndarray:
     """Picture of the photos whose objects the regions cover best, middling and worst; after the task."""
     c, count = judge.config, judge.config.tasks.localization.gallery
-    (columns, drawn), source = judge.kept["localization", subject.name], judge.source("localization.test")
+    columns, drawn = (judge.kept[what, subject.name] for what in ("localization", "maps"))
+    source = judge.source("localization.test")
     known = np.flatnonzero(columns["boxes"] > 0)
     order = known[np.argsort(-columns["coverage"][known], kind="stable")]
     middle = max(0, len(order) // 2 - count // 2)

@@ -43,6 +43,9 @@ def test_folder_lists_several_roots_sorted_and_ignores_the_rest(tmp_path):
         ({"kind": "folder"}, "no folder given"),
         ({"kind": "zip"}, "unknown; use one of"),
         ({"kind": "arrays", "path": "{tmp}/none.npz"}, "no .npz file"),
+        ({"kind": "arrays", "path": "{tmp}/none.npz", "where": "fold=1"}, "where 'fold=1'.*'arrays'.*drop"),
+        ({"kind": "tfds", "name": "coco/2017", "where": "fold=1"}, "where 'fold=1'.*'tfds'.*drop it"),
+        ({"kind": "scenes", "where": "fold=1"}, "where 'fold=1'.*'scenes'.*drop it"),
         ({"kind": "arrays", "path": "{tmp}/bad.npz"}, "not an .npz file"),
         ({"kind": "folder", "roots": ("{tmp}/ok",), "expected": 7}, "1 examples, 7 expected"),
         ({"kind": "folder", "roots": ("{tmp}/ok",), "labels": "{tmp}/no.csv"}, "cannot be read"),
@@ -116,6 +119,31 @@ def test_coco_annotations(tmp_path):
     np.testing.assert_allclose(first["boxes"], [[0.1, 0.1, 0.6, 0.6], [0.5, 0.75, 1, 1]])
     assert first["classes"].tolist() == [1, 0] and first["boxes"].dtype == np.float32
     assert source.read(1)["boxes"].shape == (0, 4)  # kept, though nothing is annotated
+
+
+def test_json_without_boxes_or_with_unknown_categories_is_refused(tmp_path):
+    write(tmp_path / "images/7.jpg")
+    entry = {"id": 7, "file_name": "7.jpg", "width": 9, "height": 9}
+    note = {"id": 5, "image_id": 7, "category_id": 3, "bbox": [0, 0, 4, 4]}
+    good = {"images": [entry], "annotations": [note], "categories": [{"id": 3, "name": "car"}]}
+    without_width = {key: entry[key] for key in ("id", "file_name", "height")}
+    faults = {
+        "has no categories": {key: good[key] for key in ("images", "annotations")},
+        "annotations entry 5 has no bbox": good | {"annotations": [note | {"bbox": None}]},
+        "annotations entry 5 has no category_id, bbox": good | {"annotations": [{"id": 5, "image_id": 7}]},
+        "category_id 4 of an object of image 7": good | {"annotations": [note | {"category_id": 4}]},
+        "images entry 7 has no width": good | {"images": [without_width]},
+    }
+    path = tmp_path / "notes.json"
+    spec = {"kind": "folder", "roots": (str(tmp_path / "images"),), "annotations": str(path)}
+    for message, data in faults.items():
+        path.write_text(json.dumps(data))
+        with pytest.raises(ValueError, match=message) as caught:
+            sources.open_source(spec)
+        assert "\n" not in str(caught.value) and "notes.json" in str(caught.value)
+    # Crowds are not read, whatever they say.
+    path.write_text(json.dumps(good | {"annotations": [note, {"category_id": 9, "iscrowd": 1}]}))
+    assert len(sources.open_source(spec).read(0)["boxes"]) == 1
 
 
 def test_real_scenes_open_with_their_boxes():

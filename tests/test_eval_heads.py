@@ -180,3 +180,14 @@ def test_schedules():
     drops = probe.steps_at((8, 16, 24), steps_per_epoch=3)
     found = [drops(step) for step in (0, 23, 24, 47, 48, 72)]
     np.testing.assert_allclose(found, [1, 1, 0.1, 0.1, 0.01, 0.001])
+
+
+@pytest.mark.parametrize("optimizer, nesterov", [("sgd", True), ("lars", False)])
+def test_lars_has_plain_momentum_and_sgd_nesterovs(optimizer, nesterov):
+    """BYOL's LARS, and what the two momenta are is tested above."""
+    default, plain, ahead = (
+        fit(*data(), optimizer=optimizer, **options)[0].kernel["top"]
+        for options in ({}, {"nesterov": False}, {"nesterov": True})
+    )
+    np.testing.assert_array_equal(default, ahead if nesterov else plain)
+    assert np.abs(ahead - plain).max() > 1e-5

@@ -243,3 +243,42 @@ def test_localization_refuses_data_without_boxes():
         loc.evaluate(maps_fn, [{**batch, "boxes": np.zeros((4, 2, 4), np.float32)}])
     with pytest.raises(ValueError, match="no 'boxes'"):
         loc.evaluate(maps_fn, [{"image": batch["image"]}])
+
+
+def against_the_batch(images):
+    """Maps that depend on the other images of the batch, as those of 'contrast' do."""
+    x = images[..., 0].astype(np.float32)
+    x = np.abs(x - x.mean(0, keepdims=True))
+    maps = x / x.max((1, 2), keepdims=True)
+    n = len(maps)
+    return maps, regions(np.tile(np.array([0, 0, 0.5, 0.5], np.float32), (n, 1, 1)))
+
+
+def test_padding_does_not_change_maps_that_compare_images():
+    rng = np.random.default_rng(0)
+    image = rng.integers(1, 255, (4, 4, 4, 3)).astype(np.uint8)
+    batch = {"image": image, "boxes": stack(*[[(0, 0, 0.5, 0.5)]] * 4), "mask": np.ones(4, bool)}
+    padded = {name: np.concatenate([x, np.zeros_like(x)]) for name, x in batch.items()}
+    drawn = []
+    wanted, found = loc.collect(against_the_batch, [batch]), loc.collect(against_the_batch, [padded], drawn)
+    for name, values in wanted.items():
+        np.testing.assert_allclose(found[name], values, rtol=1e-6, err_msg=name)
+    np.testing.assert_allclose(drawn[0][0], against_the_batch(image)[0], rtol=1e-6)
+    assert len(drawn) == 1 and drawn[0][1].boxes.shape == (4, 1, 4)
+    # Black rows would have changed them.
+    black = against_the_batch(padded["image"])[0][:4]
+    assert np.abs(black - drawn[0][0]).max() > 0.1
+
+
+def test_difficult_boxes_do_not_count():
+    maps_fn, batch = scenes()
+    hard = {**batch, "difficult": np.zeros(batch["boxes"].shape[:2], bool)}
+    assert loc.evaluate(maps_fn, [hard]) == pytest.approx(loc.evaluate(maps_fn, [batch]))
+    hard["difficult"][1, 1] = True  # the small box of the second image
+    found = loc.evaluate(maps_fn, [hard])
+    boxes = batch["boxes"].copy()
+    boxes[1, 1] = 0
+    assert found == pytest.approx(loc.evaluate(maps_fn, [{**batch, "boxes": boxes}]))
+    assert found["localization/recall@0.5"] == 1.0  # by hand: only the box that no region matches is gone
+    hard["difficult"][1] = True
+    assert loc.evaluate(maps_fn, [hard])["localization/images_without_boxes"] == 2

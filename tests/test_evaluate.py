@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import jax
@@ -12,8 +13,9 @@ import numpy as np
 import pytest
 from absl import flags
 
-from salcl_jax import checkpoint, evaluate
+from salcl_jax import checkpoint, evaluate, tasks
 from salcl_jax import config as lib
+from salcl_jax.judge import Subject
 from salcl_jax.models.network import build
 from salcl_jax.train_step import make_init
 
@@ -120,6 +122,27 @@ def test_results_go_beside_the_run(tmp_path, given):
     assert evaluate.out_folder(str(tmp_path / given), "elsewhere") == "elsewhere"
 
 
+def test_an_error_in_a_later_task_loses_nothing(tmp_path, monkeypatch):
+    c = lib.base()
+    judge = types.SimpleNamespace(config=c, mesh=types.SimpleNamespace(size=1))
+    subjects = [Subject("trained", (), "abc")]
+    monkeypatch.setattr(evaluate, "_open", lambda *_: (judge, subjects, 7))
+    monkeypatch.setattr(tasks, "about", lambda name, judge: {"protocol": name})
+
+    def run(name, judge, subject):
+        if name == "linear":
+            raise ValueError("the disk is full")
+        return {f"{name}/top1": 0.5}
+
+    monkeypatch.setattr(tasks, "run", run)
+    with pytest.raises(ValueError, match="the disk is full"):
+        evaluate.evaluate(c, "run", ["knn", "linear"], str(tmp_path))
+    found = json.loads((tmp_path / "eval.json").read_text())
+    assert found["results"] == {"knn": {"trained": {"knn/top1": 0.5}}}
+    assert found["about"]["knn"]["protocol"] == "knn" and set(found["about"]) == {"knn"}
+    assert found["meta"]["weights"] == "abc"
+
+
 @pytest.fixture(scope="module")
 def report(workdir, tmp_path_factory):
     """What one command leaves that runs every task."""
@@ -150,6 +173,10 @@ def test_the_report_says_what_was_judged(report):
     _, found, _ = report
     assert found["meta"]["step"] == 7 and "width 4" in found["meta"]["network"]
     assert "salcl_jax.evaluate" in found["meta"]["command"] and "cpu" in found["meta"]["hardware"]
+    assert re.fullmatch("[0-9a-f]{16}", found["meta"]["weights"])
+    assert "objects in their boxes" in found["about"]["knn"]["view"]
+    assert "central square" in found["about"]["semi"]["view"]
+    assert "whole photo" in found["about"]["voc_svm"]["view"]
     assert "24 of " in found["about"]["knn"]["train"] and "cosine" in found["about"]["knn"]["protocol"]
 
 

@@ -99,6 +99,7 @@ def test_data_knows_no_jax_and_imports_tensorflow_late(file):
         (("sklearn", "joblib"), ["evaluators/voc_svm.py"]),
         (("matplotlib",), ["report_figures.py"]),
         (("tqdm",), ["writer.py"]),
+        (("torch",), [file for file in below("bench") if file.startswith("bench/torch_")]),
     ],
 )
 def test_a_package_has_its_place(package, allowed):

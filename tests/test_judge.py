@@ -1,6 +1,9 @@
 """What tasks see: every photo once on any number of devices, the right rows, folds and crops."""
 
+import dataclasses
 import functools
+import json
+import re
 
 import flax.linen as nn
 import jax
@@ -12,7 +15,7 @@ from PIL import Image
 from salcl_jax import classify, frozen, tasks
 from salcl_jax import config as lib
 from salcl_jax.evaluators.pooling import LEVELS
-from salcl_jax.judge import Judge, Subject, subset
+from salcl_jax.judge import Judge, Subject, shared_classes, subset
 from salcl_jax.models.heads import MLP
 from salcl_jax.models.network import Network
 from salcl_jax.sharding import make_mesh
@@ -27,12 +30,13 @@ def folder(tmp_path_factory):
     """Photos of three colours, one broken and one unlabelled, with folds in the columns of a CSV file."""
     root = tmp_path_factory.mktemp("photos")
     rng = np.random.default_rng(0)
-    lines = ["file,label,split,fold"]
+    lines = ["file,label,split,fold,few"]
     for i in range(PHOTOS):
         colour = np.full(3, 60) + 120 * np.eye(3)[i % CLASSES]
         pixels = np.clip(colour + rng.normal(0, 25, (40, 48 + i % 5, 3)), 0, 255).astype(np.uint8)
         Image.fromarray(pixels).save(root / f"{i:02d}.png")
-        lines.append(f"{i:02d}.png,{i % CLASSES},{'train' if i < 25 else 'val'},{i // CLASSES % 2}")
+        lines.append(f"{i:02d}.png,{i % CLASSES},{'train' if i < 25 else 'val'},{i // CLASSES % 2},"
+                     f"{0 if i < 8 else 1 if i > 11 and i % CLASSES else 2}")  # fold 1 lacks a class
     (root / "11.png").write_bytes(b"no photo")
     (root / "labels.csv").write_text("\n".join(lines))
     return root
@@ -122,15 +126,23 @@ def test_colours_are_learnt_by_every_linear_protocol(folder):
 
 
 def test_few_labels_are_averaged_over_folds(folder):
-    c = config_for(folder, **{"tasks.linear.protocol": "lbfgs", "tasks.linear.subsets": ("fold=0..1",)})
-    judge, subject = judge_for(c)
-    figures = tasks.run("linear", judge, subject)
+    c = config_for(folder, **{
+        "tasks.linear.protocol": "lbfgs", "tasks.linear.l2": (0.1,), "tasks.linear.subsets": ("few=0..1",),
+        "tasks.pixels": 2,
+    })  # fmt: skip
+
+    def run():
+        judge, _ = judge_for(c)
+        return tasks.run("linear", judge, judge.subject("pixels", None))
+
+    figures = run()
     alone, c.tasks.linear.subsets = [], ()
     for fold in (0, 1):
-        c.tasks.classify.train.where = f"fold={fold}"
-        alone.append(tasks.run("linear", *judge_for(c))["linear/top1"])
-    assert figures["linear/fold/top1"] == pytest.approx(np.mean(alone))
-    assert figures["linear/fold/top1_se"] == pytest.approx(abs(alone[0] - alone[1]) / 2)
+        c.tasks.classify.train.where = f"few={fold}"
+        alone.append(run()["linear/top1"])
+    assert alone[0] != alone[1]  # else one fold could stand for both
+    assert figures["linear/few/top1"] == pytest.approx(np.mean(alone))
+    assert figures["linear/few/top1_se"] == pytest.approx(abs(alone[0] - alone[1]) / 2)
 
 
 def test_fine_tuning_learns_colours_and_averages_folds(folder):
@@ -163,6 +175,118 @@ def test_a_source_without_labels_is_refused(folder):
     c.tasks.classify.test = lib.source("folder", roots=(str(folder),))
     with pytest.raises(ValueError, match="no labels"):
         tasks.run("knn", *judge_for(c))
+
+
+def test_broken_photos_are_told_also_from_the_cache(folder, tmp_path, capsys):
+    c = config_for(folder)
+    for _ in range(2):
+        judge, subject = judge_for(c, cache=str(tmp_path))
+        assert tasks.about("knn", judge)["train"].startswith("25 of ")
+        for _ in range(2):
+            tasks.run("knn", judge, subject)
+        lines = capsys.readouterr().err.splitlines()
+        assert len(lines) == 1 and lines[0].startswith("warning: ")
+        assert "1 of 25 photos cannot be used" in lines[0]
+        found = tasks.about("knn", judge)
+        assert re.match("24 of .* \\(1 cannot be used\\)", found["train"]) and "cannot" not in found["test"]
+
+
+def test_a_batch_counts_broken_photos_and_no_padding(folder):
+    judge, _ = judge_for(config_for(folder))
+    source = judge.source("classify.train")
+    assert len(list(judge.batches(source, ""))) == 2  # 25 photos in batches of 16
+    assert judge.unread == {source: 1}
+
+
+def renamed(source, *names):
+    return dataclasses.replace(source, class_names=names)
+
+
+def test_classes_must_be_numbered_alike(folder):
+    judge, subject = judge_for(config_for(folder))
+    train, test = (judge.source(f"classify.{part}") for part in ("train", "test"))
+    assert train.class_names == ("0", "1", "2")
+    pairs = {
+        ((), ()): (), (("a", "b"), ()): ("a", "b"), (("a", "b"), ("a", "b", "c")): ("a", "b", "c"),
+        (("0", "1"), ("a", "b")): ("a", "b"), (("a", "b"), ("0", "1")): ("a", "b"),
+    }  # fmt: skip
+    for (one, other), wanted in pairs.items():
+        assert shared_classes(renamed(train, *one), renamed(test, *other)) == wanted
+    with pytest.raises(ValueError, match="class 1 is 'b' and 'c'"):
+        shared_classes(renamed(train, "a", "b"), renamed(test, "a", "c"))
+    judge.opened["classify.train", ""] = judge.opened["semi.train", ""] = renamed(train, "a", "b", "c")
+    judge.opened["classify.test", ""] = renamed(test, "b", "a", "c")
+    for task in ("knn", "linear", "semi"):
+        with pytest.raises(ValueError, match="number their classes differently"):
+            tasks.run(task, judge, subject)
+        with pytest.raises(ValueError, match="number their classes differently"):
+            tasks.about(task, judge)
+
+
+def with_boxes(folder, tmp_path):
+    """Photos three times as wide as high, blue but for red or green at both ends; boxes of colours."""
+    entries, notes = [], []
+    for i in range(24):
+        pixels = np.zeros((32, 96, 3), np.uint8) + np.uint8([0, 0, 200])
+        pixels[:, :30] = pixels[:, -30:] = 200 * np.eye(3)[i % 2]
+        Image.fromarray(pixels).save(tmp_path / f"{i}.png")
+        entries.append({"id": i, "file_name": f"{i}.png", "width": 96, "height": 32})
+        notes.append({"image_id": i, "category_id": i % 2, "bbox": [0, 0, 30, 32]})
+    kinds = [{"id": 0, "name": "red"}, {"id": 1, "name": "green"}]
+    (tmp_path / "boxes.json").write_text(
+        json.dumps({"images": entries, "annotations": notes, "categories": kinds})
+    )
+    c = config_for(folder, **{"tasks.voc_svm.shots": ()})
+    for task in ("voc_svm", "multilabel"):
+        for part in ("train", "test"):
+            c.tasks[task][part] = lib.source(
+                "folder", roots=(str(tmp_path),), annotations=str(tmp_path / "boxes.json")
+            )
+    return c
+
+
+@pytest.mark.parametrize("task", ["voc_svm", "multilabel"])
+def test_all_of_a_photo_is_seen_where_all_of_it_is_labelled(folder, tmp_path, task):
+    """The central square is blue throughout: only the whole photo tells the classes apart."""
+    judge, _ = judge_for(with_boxes(folder, tmp_path))
+    figures = tasks.run(task, judge, judge.subject("pixels", None))
+    assert figures[f"{task}/map"] == pytest.approx(1.0)
+    assert "whole photo" in tasks.about(task, judge)["view"]
+
+
+def test_the_view_is_part_of_the_key(folder, tmp_path):
+    judge, subject = judge_for(config_for(folder), cache=str(tmp_path))
+    source = judge.source("classify.test")
+    seen = {view: judge.features(subject, source, view=view)["pooled"] for view in (None, "center", "whole")}
+    np.testing.assert_array_equal(seen[None], seen["center"])
+    assert np.abs(seen["whole"] - seen["center"]).max() > 1e-3
+
+
+def test_the_protocol_in_words_is_what_runs(folder):
+    fields = {"tasks.semi.folds": "fold=0..1", "tasks.limit": 5, "tasks.linear.augment": True}
+    c = config_for(folder, **fields)
+    judge, _ = judge_for(c)
+    semi = tasks.about("semi", judge)
+    assert "weight decay 0.0005" in semi["protocol"] and "mean of 2 folds, fold=0..1" in semi["protocol"]
+    rows = sum(i // CLASSES % 2 == 0 for i in range(25))
+    assert semi["train"].startswith(f"{rows} of ") and semi["test"].startswith("5 of ")
+    assert "random crops" in tasks.about("linear", judge)["protocol"]
+    for protocol in ("sgd", "orl"):
+        c.tasks.classify.on, c.tasks.linear.protocol = "object", protocol
+        linear = tasks.about("linear", judge)
+        assert "cached" in linear["protocol"] and "random" not in linear["protocol"]
+        assert "boxes" in linear["view"]
+
+
+@pytest.mark.parametrize("source, words", [
+    ("none", "map 'activation'"), ("contrast", "each against its batch of 16"), ("gradcam", "batch of 16"),
+    ("activation", "map 'activation'"),
+])  # fmt: skip
+def test_the_map_in_words_is_the_one_drawn(folder, source, words):
+    c = config_for(folder, **{"saliency.source": source})
+    c.tasks.localization.test = c.tasks.classify.test
+    protocol = tasks.about("localization", judge_for(c)[0])["protocol"]
+    assert words in protocol and ("batch" in protocol) == (source in ("contrast", "gradcam"))
 
 
 def test_the_cache_holds_for_the_same_weights_and_photos_only(folder, tmp_path):
@@ -266,14 +390,18 @@ def test_the_gallery_shows_the_best_and_the_worst(folder, monkeypatch):
     figures = tasks.run("localization", judge, subject)
     assert figures["localization/images"] == 9
     columns = judge.kept["localization", "trained"]
+    drawn = np.concatenate([maps for maps, _ in judge.kept["maps", "trained"]])
     shown = {}
     monkeypatch.setattr(
         tasks.report, "gallery",
         lambda images, maps, rois, boxes, scores, count: shown.update(
-            scores=scores, n=[len(images), len(maps)]
+            scores=scores, n=[len(images), len(maps), len(rois.boxes), len(boxes)], maps=maps
         ) or images[0],
     )  # fmt: skip
     tasks.gallery(judge, subject)
     order = np.sort(columns["coverage"])
     assert {order[0], order[-1]} <= set(shown["scores"]) and len(shown["scores"]) == 3
-    assert shown["n"] == [3, 3]
+    assert shown["n"] == [3, 3, 3, 3]
+    # The maps are those that were scored.
+    for score, shape in zip(shown["scores"], shown["maps"], strict=True):
+        np.testing.assert_array_equal(shape, drawn[np.flatnonzero(columns["coverage"] == score)[0]])

@@ -16,7 +16,8 @@ from salcl_jax.types import Rois
 
 NAN = float("nan")
 META = {
-    "checkpoint": "runs/one", "step": 400, "branch": "online", "network": "resnet18", "size": 64,
+    "checkpoint": "runs/one", "step": 400, "branch": "online", "network": "resnet18", "size": 64, "seed": 3,
+    "weights": "3c",
     "versions": {"jax": "0.10.2", "numpy": "2.0"}, "command": "python -m salcl_jax.evaluate --task=knn",
     "seconds": 12.6, "date": "2026-01-02",
 }  # fmt: skip
@@ -248,7 +249,10 @@ def test_figures_that_are_null_are_undefined_again(tmp_path):
     np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "plots" / "voc_svm_classes.png")), before)
 
 
-@pytest.mark.parametrize("other", [{"step": 401}, {"checkpoint": "runs/two"}, {"branch": "target"}])
+@pytest.mark.parametrize("other", [
+    {"step": 401}, {"checkpoint": "runs/two"}, {"branch": "target"}, {"size": 96}, {"seed": 4},
+    {"weights": "0f"},
+])  # fmt: skip
 def test_another_checkpoint_replaces_the_report(tmp_path, other):
     given = results()
     picture = np.zeros((4, 4, 3), np.uint8)

@@ -70,8 +70,8 @@ def open_source(spec: Mapping[str, Any]) -> Source:
         raise ValueError(f"data kind {kind!r}: unknown; use one of {', '.join(sorted(openers))}")
     if kind != "folder" and tables.parse_where(spec.get("where") or ""):
         raise ValueError(
-            f"data.where {spec['where']!r}: chooses rows of a folder's CSV file, which kind {kind!r} does not "
-            "have; drop it (folds and subsets of tasks set it too), or use kind 'folder' with labels"
+            f"data.where {spec['where']!r}: chooses rows of a folder's CSV file, and kind {kind!r} has none; "
+            "drop it (folds and subsets of tasks set it too), or use kind 'folder' with labels"
         )
     source = openers[kind](spec)
     expected = int(spec.get("expected") or 0)

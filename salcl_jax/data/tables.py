@@ -52,7 +52,7 @@ def coco(path: str, roots: tuple[str, ...], files: list[str]) -> Table:
     return Table(files, columns, tuple(category["name"] for category in categories))
 
 
-def _boxes_json(path: str) -> dict[str, list[dict]]:
+def _boxes_json(path: str) -> dict[str, Any]:
     """The content of COCO-style JSON with boxes; ValueError names what is missing."""
     data = json.loads(read_text(path))
     parts = {
@@ -73,8 +73,8 @@ def _boxes_json(path: str) -> dict[str, list[dict]]:
     for note in data["annotations"]:
         if not note.get("iscrowd") and note["category_id"] not in known:
             raise ValueError(
-                f"{path}: category {note['category_id']} of an object of image {note['image_id']} is not among "
-                "the categories; add it there or drop the object"
+                f"{path}: category_id {note['category_id']} of an object of image {note['image_id']} is not "
+                "among the categories; add it there or drop the object"
             )
     return data
 
