@@ -160,7 +160,7 @@ def use_compilation_cache() -> None:
     """Keep compiled programs between runs, where JAX_COMPILATION_CACHE_DIR or the user's cache says."""
     place = os.environ.get("JAX_COMPILATION_CACHE_DIR") or user_folder("compiled")
     jax.config.update("jax_compilation_cache_dir", place)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)  # the many small ones add up to seconds
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)  # many small ones add up
 
 
 def _describe(config: Any, state: TrainState) -> str:

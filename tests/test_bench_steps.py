@@ -26,7 +26,7 @@ def scenes(variant="smoke"):
     c.batch_size, c.data.canvas, c.crops.size, c.saliency.size, c.model.width = 4, 40, 32, 32, 4
     c.model.projector_hidden = c.model.predictor_hidden = c.model.projector_out = 16
     c.weights.mode = "geometric"
-    c.optim.warmup = 0.0  # the first step moves the weights
+    c.optim.name, c.optim.lr, c.optim.warmup = "sgd", 6.4, 0.0  # the first step moves the weights
     c.guidance.start = c.guidance.full = 0.0  # the step has the parts' full guidance at once
     return c
 
@@ -66,9 +66,9 @@ def test_parts_put_together_are_the_step(setting, parts):
     for name in ("params", "target_params", "opt_state"):
         trees = (jax.tree.leaves(getattr(tree, name)) for tree in (updated, state))
         for found, expected in zip(*trees, strict=True):
-            np.testing.assert_allclose(found, expected, rtol=1e-3, atol=2e-4)
+            np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-4)
     moved = jax.tree.map(lambda a, b: float(jnp.abs(a - b).max()), updated.params, fresh.params)
-    assert max(jax.tree.leaves(moved)) > 1e-3 and int(updated.step) == int(state.step) == 1
+    assert max(jax.tree.leaves(moved)) > 1e-2 and int(updated.step) == int(state.step) == 1
     stats = parts["online"].start()[1], parts["target"].start()[1]
     expected = state.batch_stats, state.target_batch_stats
     for a, b in zip(jax.tree.leaves(stats), jax.tree.leaves(expected), strict=True):
@@ -91,14 +91,10 @@ def test_operations_are_the_compilers(setting, parts):
 
 
 def test_cost_is_that_of_all_devices(mesh):
-    class Compiled:
-        def cost_analysis(self):
-            return {"flops": 10.0}
-
-        def memory_analysis(self):
-            return None
-
-    assert programs._cost(Compiled(), mesh) == (20.0, None, None)
+    of_one = {"flops": 10.0, "bytes accessed": 3.0}
+    assert programs._cost({"flops": 19.0}, of_one, None, mesh) == (20.0, 6.0, None)
+    assert programs._cost({"flops": 50.0}, of_one, None, mesh)[0] == 50.0  # a library has the convolutions
+    assert programs._cost(None, None, None, mesh) == (None, None, None)
 
 
 def zeros(shapes):
@@ -108,7 +104,7 @@ def zeros(shapes):
 class Shapes:
     """A program that is not compiled: it gives zeros of the right shapes."""
 
-    def __init__(self, function, out, args):
+    def __init__(self, function, args):
         self.shapes = jax.eval_shape(function, *args)
 
     def __call__(self, *_):
@@ -118,8 +114,8 @@ class Shapes:
 def test_parts_of_other_configurations(mesh, monkeypatch):
     """No map without guidance; small crops; micro-batches; no target pass where the online one serves."""
     monkeypatch.setattr(programs.Setting, "state", lambda setting: zeros(jax.eval_shape(setting._init)))
-    monkeypatch.setattr(programs, "_compile", Shapes)
-    monkeypatch.setattr(programs, "_cost", lambda compiled, mesh: (None, None, None))
+    none = (None, None, None)
+    monkeypatch.setattr(programs, "_compile", lambda jitted, args, mesh: (Shapes(jitted, args), none))
     plain, c = scenes(), scenes()
     config_lib.plain_byol(plain)
     assert list(programs.parts(programs.Setting(plain, mesh))) == PARTS[1:]

@@ -13,7 +13,9 @@ MATHS = {"jax", "numpy", "jaxtyping"}
 PURE = ("losses.py", "ema.py", "rng.py", "types.py", "metrics.py")
 UPPER = {"train", "main", "evaluate", "bench", "compile", "export"}  # programs: nothing below knows them
 # Who reads or checks fields by name, and who defines them.
-CONFIG = {"main.py", "evaluate.py", "cli.py", "train.py", "validation.py", "config.py", "aot.py", "compile.py"}
+CONFIG = {
+    "main.py", "evaluate.py", "compile.py", "aot.py", "cli.py", "train.py", "validation.py", "config.py",
+}  # fmt: skip
 PROGRAMS = ["main.py", "evaluate.py", "compile.py", "bench/__main__.py"]
 FIELDS = {"config.py", "config_source.py", "config_tasks.py"}
 

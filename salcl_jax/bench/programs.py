@@ -71,13 +71,12 @@ class Setting:
 def whole_step(setting: Setting) -> Program:
     """The training step; every run continues from the state of the one before."""
     batch, held = setting.batch(), [setting.state()]
-    compiled = setting.step.lower(held[0], batch).compile()
+    compiled, (flops, moved, memory) = _compile(setting.step, (held[0], batch), setting.mesh)
 
     def start() -> Any:
         held[0], measured = compiled(held[0], batch)
         return measured
 
-    flops, moved, memory = _cost(compiled, setting.mesh)
     loops = setting.config.accumulate  # the compiler counts the body of the loop over micro-batches once
     return Program(start, 1, flops and loops * flops, moved and loops * moved, memory)
 
@@ -91,9 +90,9 @@ def parts(setting: Setting) -> dict[str, Program]:
     c, found = setting.config, {}
 
     def add(name: str, function: Callable, out: Any, *args: Any) -> PyTree:
-        compiled = _compile(function, out, args)
+        compiled, cost = _compile(jax.jit(function, out_shardings=out), args, setting.mesh)
         runs = 1 if name == "update" else c.accumulate
-        found[name] = Program(lambda: compiled(*args), runs, *_cost(compiled, setting.mesh))
+        found[name] = Program(lambda: compiled(*args), runs, *cost)
         return compiled(*args)
 
     state, strength = setting.state(), jax.device_put(jnp.ones(()), setting.whole)
@@ -150,20 +149,31 @@ def _network_parts(
     add("update", update, (setting.places, whole), state, out[1], out[0])
 
 
-def _compile(function: Callable, out: Any, args: tuple) -> Any:
-    return jax.jit(function, out_shardings=out).lower(*args).compile()
+def _compile(jitted: Any, args: tuple, mesh: Mesh) -> tuple[Any, tuple]:
+    """The compiled program and its cost."""
+    lowered = jitted.lower(*args)
+    compiled = lowered.compile()
+    counts = lowered.cost_analysis(), compiled.cost_analysis(), compiled.memory_analysis()
+    return compiled, _cost(*counts, mesh)
 
 
-def _cost(compiled: Any, mesh: Mesh) -> tuple[float | None, float | None, int | None]:
-    """Operations and bytes of all devices, and memory of one, as the compiler counts them."""
-    cost = compiled.cost_analysis() or {}
-    flops, moved = cost.get("flops"), cost.get("bytes accessed")
-    memory = compiled.memory_analysis()
+def _cost(
+    before: dict | None, after: dict | None, memory: Any, mesh: Mesh
+) -> tuple[float | None, float | None, int | None]:
+    """Operations and bytes of all devices, and memory of one, as the compiler counts them.
+
+    before, after: of the whole program before it was compiled, of a device's program after. Where the
+    compiler hands convolutions to a library (GPUs) they may be missing after; then the former counts.
+    """
+    whole, flops, moved = (before or {}).get("flops"), *map((after or {}).get, ("flops", "bytes accessed"))
+    flops = flops and flops * mesh.size
+    if whole and (flops or 0) < 0.5 * whole:
+        flops = whole
     used = memory and (
         memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
         - memory.alias_size_in_bytes
     )  # fmt: skip
-    return flops and flops * mesh.size, moved and moved * mesh.size, used or None
+    return flops or None, moved and moved * mesh.size, used or None
 
 
 def measure(programs: dict[str, Program], rounds: int) -> dict[str, list[float]]:
