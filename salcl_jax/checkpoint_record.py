@@ -42,11 +42,21 @@ def _named_leaves(tree: PyTree) -> dict[str, Any]:
 def describe(state: PyTree) -> dict[str, list]:
     """[dtype, shape, checksum] of every leaf."""
     named = _named_leaves(state)
-    sums = jax.device_get([checksum(x) for x in named.values()])
+    sums = jax.device_get([_start_sum(x) for x in named.values()])
     return {
         name: [str(x.dtype), list(x.shape), int(s)]
         for (name, x), s in zip(named.items(), sums, strict=True)
     }
+
+
+def _start_sum(x: Any) -> Array:
+    """The checksum, perhaps still on its way.
+
+    Sums of split leaves talk between processes, which may run what is on its way in different orders and
+    then wait for each other forever: one at a time.
+    """
+    found = checksum(x)
+    return found if getattr(x, "is_fully_replicated", True) else found.block_until_ready()
 
 
 def seal(record: dict) -> dict:

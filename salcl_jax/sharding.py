@@ -53,17 +53,31 @@ def state_sharding(state: PyTree, mesh: Mesh, *, params: str, min_size: int) -> 
       params: 'replicated', or 'fsdp': of parameters, target and optimizer, each leaf of at least `min_size`
         elements is split along its largest dimension that divides by the devices (ZeRO; FSDP).
     """
-    whole = replicated(mesh)
+    copies = replicated(mesh)
 
     def of_leaf(leaf: jax.Array | jax.ShapeDtypeStruct) -> NamedSharding:
         sides = [(side, -axis) for axis, side in enumerate(leaf.shape) if side % mesh.size == 0]
         if not sides or leaf.size < min_size:
-            return whole
+            return copies
         return NamedSharding(mesh, P(*[None] * -max(sides)[1], AXIS))
 
-    found = jax.tree.map(lambda _: whole, state)
+    found = jax.tree.map(lambda _: copies, state)
     fields = SPLIT_FIELDS if params == "fsdp" else ()
     return found._replace(**{name: jax.tree.map(of_leaf, getattr(state, name)) for name in fields})
+
+
+def whole(tree: PyTree, mesh: Mesh) -> PyTree:
+    """The tree with all of every leaf on every device; itself where that is so already.
+
+    One program: of several under way, two processes may start different ones and wait forever.
+    """
+    if all(leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(tree)):
+        return tree
+    return jax.jit(_same, out_shardings=replicated(mesh))(tree)
+
+
+def _same(tree: PyTree) -> PyTree:
+    return tree
 
 
 def jit_step(step: Callable, state_shardings: PyTree, mesh: Mesh) -> Callable:
@@ -72,15 +86,15 @@ def jit_step(step: Callable, state_shardings: PyTree, mesh: Mesh) -> Callable:
     A split state is gathered for the passes through the networks and its gradients are split like the
     parameters, so that the optimizer works on parts. Compiles for abstract arguments and absent devices too.
     """
-    whole, split = replicated(mesh), data_sharded(mesh)
+    copies, split = replicated(mesh), data_sharded(mesh)
     if any(not sharding.is_fully_replicated for sharding in jax.tree.leaves(state_shardings)):
         step = functools.wraps(step)(functools.partial(
             step,
-            gather=lambda tree: jax.lax.with_sharding_constraint(tree, whole),
+            gather=lambda tree: jax.lax.with_sharding_constraint(tree, copies),
             scatter=lambda grads: jax.lax.with_sharding_constraint(grads, state_shardings.params),
         ))  # fmt: skip
     return jax.jit(
-        step, in_shardings=(state_shardings, split), out_shardings=(state_shardings, whole), donate_argnums=0
+        step, in_shardings=(state_shardings, split), out_shardings=(state_shardings, copies), donate_argnums=0
     )
 
 

@@ -281,8 +281,8 @@ class _Run:
             self.writer.image(step, "scenes", self.panel(self._networks(state)))
 
     def _networks(self, state: TrainState) -> TrainState:
-        """The state without its optimizer, whole on every device; already whole leaves are not copied."""
-        return jax.device_put(state._replace(opt_state=()), sharding.replicated(self.mesh))
+        """The state without its optimizer, whole on every device, for functions that only look."""
+        return sharding.whole(state._replace(opt_state=()), self.mesh)
 
     def _save(self, step: int, state: TrainState, force: bool) -> None:
         now = time.monotonic()

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.xdist_group("bench")  # one process: what is measured is measured once
 ROOT = Path(__file__).parents[1]
 SMALL = ["--config=configs/scenes.py:smoke", "--config.batch_size=4", "--config.crops.size=32",
          "--config.data.canvas=40", "--config.saliency.size=32", "--config.model.width=4",
@@ -22,7 +23,7 @@ def run(*arguments, platform="cpu", cache=None):
     env["XLA_FLAGS"] = FAST
     env |= {"JAX_COMPILATION_CACHE_DIR": str(cache)} if cache else {}
     command = [sys.executable, "-m", "salcl_jax.bench", *arguments]
-    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=600)
 
 
 @pytest.fixture(scope="module")

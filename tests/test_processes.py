@@ -26,7 +26,9 @@ TINY = SMALL | {
 }  # fmt: skip
 SHORT = {"total_steps": 6, "checkpoint.every": 0.5}  # few enough that another order of sums changes little
 NO_EVALUATION = {f"eval.{name}.kind": "none" for name in ("localization", "probe_train", "probe_test")}
-LONG = {"total_steps": 48, "checkpoint.every": 0.25, **NO_EVALUATION}  # long enough to be interrupted
+# Long enough to be interrupted, and with a state in parts.
+LONG = {"total_steps": 48, "checkpoint.every": 0.25, "sharding.params": "fsdp", "sharding.min_size": 64,
+        **NO_EVALUATION}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
