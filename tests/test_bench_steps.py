@@ -14,6 +14,7 @@ from salcl_jax.bench import programs, steps, waiting
 from salcl_jax.chips import Chip
 from salcl_jax.models.resnet import RESNETS, BasicBlock
 
+pytestmark = pytest.mark.xdist_group("bench")  # one process: its programs are compiled once
 ROOT = Path(__file__).parents[1]
 PARTS = ["saliency", "ROI", "crops", "augmentation", "online", "target", "gradient", "update"]
 
