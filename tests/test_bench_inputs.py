@@ -119,7 +119,7 @@ def test_a_pipeline_of_known_speed_is_measured_right(config, threads_only, monke
     text = inputs.text(report)
     assert "target 0.9 of the bare loop per core: missed (0.50)" in text
     assert "2" not in rows or "target 1.8 from one core to two: open (1.60)" in text
-    assert "other programs ran too (the bare loop had 0.80 of its core)" in text
+    assert "other programs ran too: the bare loop had 0.80 of its core" in text
 
 
 def test_bare_loop_and_pipeline_meet_the_same_files_in_the_same_order(config, threads_only, monkeypatch):

@@ -16,6 +16,7 @@ from test_train import NO_TENSORFLOW, SMALL, finish, metrics, record, summary, w
 
 from salcl_jax import peers
 
+slow = pytest.mark.slow
 pytestmark = pytest.mark.xdist_group("processes")  # one test at a time: they fill the cores
 ROOT = Path(__file__).parents[1]
 DEVICES = 4  # of a run, over all its processes
@@ -27,7 +28,7 @@ TINY = SMALL | {
 SHORT = {"total_steps": 6, "checkpoint.every": 0.5}  # few enough that another order of sums changes little
 NO_EVALUATION = {f"eval.{name}.kind": "none" for name in ("localization", "probe_train", "probe_test")}
 # Long enough to be interrupted, and with a state in parts.
-LONG = {"total_steps": 48, "checkpoint.every": 0.25, "sharding.params": "fsdp", "sharding.min_size": 64,
+LONG = {"total_steps": 48, "checkpoint.every": 0.25, "sharding.params": "fsdp", "sharding.min_size": 2000,
         **NO_EVALUATION}  # fmt: skip
 
 
@@ -110,7 +111,7 @@ def newest(workdir):
     return max(int(p.name) for p in (workdir / "checkpoints").iterdir() if p.name.isdigit())
 
 
-@pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [2, pytest.param(4, marks=slow)])
 def test_several_processes_learn_what_one_learns(shared, runs, tmp_path, count):
     workdir, outputs = runs("two") if count == 2 else (tmp_path, run(shared, count, tmp_path, SHORT))
     straight, _ = runs("one")
@@ -124,7 +125,7 @@ def test_several_processes_learn_what_one_learns(shared, runs, tmp_path, count):
     check_figures(found["final"], expected["final"], rtol=1e-3)
 
 
-@pytest.mark.parametrize("before, after", [("two", 1), pytest.param("one", 2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("before, after", [("two", 1), pytest.param("one", 2, marks=slow)])
 def test_another_number_of_processes_continues(shared, runs, tmp_path, before, after):
     straight, _ = runs(before)
     shutil.copytree(straight, tmp_path / "run")
@@ -141,7 +142,8 @@ def check_continues(shared, workdir, straight):
     assert record(workdir, 48) == record(straight, 48)
 
 
-def test_sigterm_to_one_of_two_saves_in_both(shared, runs, tmp_path):
+@pytest.mark.parametrize("goes_on", [False, pytest.param(True, marks=slow)])
+def test_sigterm_to_one_of_two_saves_in_both(shared, runs, tmp_path, goes_on):
     processes = start(shared, 2, tmp_path, LONG)
     wait_for_step(processes[0], tmp_path, 3)
     processes[1].send_signal(signal.SIGTERM)
@@ -149,15 +151,15 @@ def test_sigterm_to_one_of_two_saves_in_both(shared, runs, tmp_path):
     saved = newest(tmp_path)
     assert 3 <= saved < 48
     assert set(lines) == {f"stopped: told to terminate: saved step {saved}; start again to continue"}
-    check_continues(shared, tmp_path, runs("long")[0])
+    if goes_on:
+        check_continues(shared, tmp_path, runs("long")[0])
 
 
-slow = pytest.mark.slow
-
-
-@pytest.mark.parametrize("victim, how", [(1, signal.SIGKILL), pytest.param(0, signal.SIGKILL, marks=slow),
-                                         pytest.param(1, signal.SIGSTOP, marks=slow)])  # fmt: skip
-def test_one_of_two_is_gone_and_the_run_continues(shared, runs, tmp_path, victim, how):
+@pytest.mark.parametrize("victim, how, goes_on", [
+    (1, signal.SIGKILL, False), pytest.param(1, signal.SIGKILL, True, marks=slow),
+    pytest.param(0, signal.SIGKILL, True, marks=slow), pytest.param(1, signal.SIGSTOP, True, marks=slow),
+])  # fmt: skip
+def test_one_of_two_is_gone_and_the_other_stops(shared, runs, tmp_path, victim, how, goes_on):
     processes = start(shared, 2, tmp_path, LONG)
     wait_for_step(processes[0], tmp_path, 14)
     processes[victim].send_signal(how)
@@ -170,7 +172,8 @@ def test_one_of_two_is_gone_and_the_run_continues(shared, runs, tmp_path, victim
     assert line.startswith("stopped: another process of this run is gone")
     assert "same command again" in line and "last checkpoint" in line
     assert 1 <= newest(tmp_path) < 48
-    check_continues(shared, tmp_path, runs("long")[0])
+    if goes_on:
+        check_continues(shared, tmp_path, runs("long")[0])
 
 
 @pytest.mark.parametrize("error, ends", [
@@ -189,7 +192,7 @@ def test_only_errors_of_lost_processes_count_as_such(monkeypatch, capsys, error,
     assert ended == [75] * ends and ("stopped: another process" in capsys.readouterr().err) == ends
 
 
-@pytest.mark.slow
+@slow
 def test_an_error_in_one_process_ends_both(shared, tmp_path):
     """Each with its own reason, the one in error with its own code."""
     began = time.monotonic()
@@ -200,7 +203,7 @@ def test_an_error_in_one_process_ends_both(shared, tmp_path):
     assert time.monotonic() - began < 2 * PATIENCE + 60
 
 
-@pytest.mark.slow
+@slow
 def test_two_processes_judge_as_one(shared, runs, tmp_path):
     workdir, _ = runs("one")
     found = {}

@@ -232,10 +232,11 @@ def _targets(r: dict[str, Any]) -> list[str]:
         for what, value, least, ratio in found
     ]
     if not quiet:
-        lines.append(
-            f"other programs ran too (the bare loop had {r['bare']['had']['median']:.2f} of its core): only "
-            "what is measured per core holds; run again on a quiet machine"
-        )
+        had = r["bare"]["had"]["median"]
+        lines += [
+            f"other programs ran too: the bare loop had {had:.2f} of its core",
+            "only what is measured per core holds; run again on a quiet machine",
+        ]
     return lines
 
 
