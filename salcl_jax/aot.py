@@ -76,14 +76,8 @@ def slice_mesh(topology: str) -> Mesh:
 
 def compile_step(config: Any, mesh: Mesh) -> Step:
     """The training step of a configuration for a mesh. Raises ConfigError, and `TooLarge` for the chips."""
-    validate(config, devices=mesh.size)
-    config = config_lib.finish(config, devices=mesh.size, images=1000 * config.batch_size)
-    network = build(**config.model)
-    step, batch = make_train_step(network, config), _batch(config)
-    state = jax.eval_shape(make_init(network, config))
-    places = sharding.state_sharding(state, mesh, **config.sharding)
+    lowered, state = _lower(config, mesh)
     began = time.monotonic()
-    lowered = sharding.jit_step(step, places, mesh).lower(state, batch)
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
@@ -96,6 +90,23 @@ def compile_step(config: Any, mesh: Mesh) -> Step:
     kinds = ([(leaf.shape, leaf.dtype) for _, leaf in leaves] for leaves in (before, after))
     unstable = tuple(name for name, a, b in zip(names, *kinds, strict=True) if a != b)
     return Step(compiled, names, unstable, seconds)
+
+
+def flops_of_step(config: Any) -> float:
+    """Operations of a training step before the compiler changes it; a loop's body counts once."""
+    lowered, _ = _lower(config, sharding.make_mesh())
+    return config.accumulate * lowered.cost_analysis()["flops"]
+
+
+def _lower(config: Any, mesh: Mesh) -> tuple[Any, Any]:
+    """The step as it is handed to the compiler, and the shapes of its state."""
+    validate(config, devices=mesh.size)
+    config = config_lib.finish(config, devices=mesh.size, images=1000 * config.batch_size)
+    network = build(**config.model)
+    state = jax.eval_shape(make_init(network, config))
+    places = sharding.state_sharding(state, mesh, **config.sharding)
+    step = sharding.jit_step(make_train_step(network, config), places, mesh)
+    return step.lower(state, _batch(config)), state
 
 
 def _batch(config: Any) -> dict[str, jax.ShapeDtypeStruct]:

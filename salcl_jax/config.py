@@ -4,9 +4,12 @@ A config file is a `get_config(variant)` that starts from `base()` and changes f
 refused by `validation.validate` before any device is touched.
 """
 
+import importlib.util
 import json
 import math
+import os
 from collections.abc import Callable, Mapping
+from types import ModuleType
 
 import ml_collections
 
@@ -251,6 +254,19 @@ def few_steps(c: ConfigDict) -> None:
     c.batch_size = 16
     c.eval.every, c.eval.limit, c.eval.batch_size = 0.0, 32, 16
     c.log.every, c.log.panels = 2, 0.0
+
+
+def load_module(path: str) -> ModuleType:
+    """A Python file as a module, wherever the command was started."""
+    spec = importlib.util.spec_from_file_location(os.path.basename(path).removesuffix(".py"), path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def beside(file: str, name: str) -> ModuleType:
+    """The config file `name` beside `file`, as a module: beside(__file__, "coco.py")."""
+    return load_module(os.path.join(os.path.dirname(os.path.abspath(file)), name))
 
 
 def apply_variants(

@@ -13,7 +13,7 @@ def source(kind: str = "none", **fields) -> ConfigDict:
     c.split = ""  # tfds, scenes: '' is train; folder: rows of the `labels` file with this split, '' is all
     c.data_dir = ""  # tfds, scenes: where data sets are kept; '' is that of data.train, or the tfds default
     c.roots = ()  # folder: one or several folders, searched recursively
-    c.annotations = ""  # folder: COCO-style JSON with boxes; restricts the photos to those it lists
+    c.annotations = ""  # folder: COCO-style JSON with boxes, 'a.json,b.json' joins; only photos listed there
     c.labels = ""  # folder: CSV with columns file, label[, split]
     c.where = ""  # folder: 'column=value[,column=value]' keeps those rows of the `labels` file
     c.list = ""  # folder: text file with the names of the photos to keep, each with a class number or none

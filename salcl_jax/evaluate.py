@@ -24,7 +24,8 @@ _CONFIG = config_flags.DEFINE_config_file("config", None, "configuration file[:v
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "workdir of a run, or one STEP of its checkpoints")
 _TASK = flags.DEFINE_list("task", "summary", f"summary (config.tasks.summary), or some of {', '.join(TASKS)}")
 _OUT = flags.DEFINE_string("out", None, "folder of the results; WORKDIR/eval if not given")
-RECORDED = ("seed", "model", "saliency", "roi")  # decided by the checkpoint, but for the command line
+# Decided by the checkpoint, but for the command line; all that says how crops were chosen goes together.
+RECORDED = ("seed", "model", "saliency", "roi", "pairs", "local", "weights", "crops")
 
 
 def chosen_tasks(names: list[str], summary: tuple[str, ...]) -> list[str]:

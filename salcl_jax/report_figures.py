@@ -19,6 +19,7 @@ ROWS = ("trained", "untrained", "pixels")
 # Okabe and Ito: told apart by most colour-blind eyes.
 _COLOURS = {"trained": "#0072B2", "untrained": "#E69F00", "pixels": "#009E73"}
 _MARKERS = {"trained": "o", "untrained": "s", "pixels": "^"}
+_CYCLE = ("#000000", "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9")
 _INK, _GREY, _PALE = "#282828", "#767676", "#DDDDDD"
 _PER_CLASS = {"ap": "average precision", "iou": "intersection over union"}
 _LOW_SHOT = ((0, "low_shot", "-"), (1, "low_shot_best_on_test", "--"))
@@ -115,6 +116,25 @@ def chance_levels(rows: Rows, score: str, kind: str, last: int) -> dict[int, flo
         if any(value == value for value in values.values()):
             return values
     return {}
+
+
+def study_curves(curves: Mapping[str, tuple], kind: str, figure: str) -> Any:
+    """A figure while training, over 'steps' or 'flops' (operations); one line a row of a study.
+
+    curves: row -> (steps [n], n of (mean, standard error, seeds), operations of a step); errors are bands.
+    """
+    plot, (axes,) = _figure(7.5, 4.6, 1)
+    for i, (name, (steps, means, flops)) in enumerate(curves.items()):
+        x = steps if kind == "steps" else steps * flops / 1e12
+        mean, error = (100 * np.array([m[k] for m in means]) for k in (0, 1))
+        colour, style = _CYCLE[i % len(_CYCLE)], ("-", "--", ":")[i // len(_CYCLE) % 3]
+        axes.plot(x, mean, style, color=colour, label=name, linewidth=1.6, marker="o", markersize=3)
+        if np.isfinite(error).all():
+            axes.fill_between(x, mean - error, mean + error, color=colour, alpha=0.15, linewidth=0)
+    axes.set_xlabel("optimizer steps" if kind == "steps" else "operations of training, 1e12", color=_INK)
+    axes.set_ylabel(f"{figure}, %", color=_INK)
+    plot.legend(loc="outside right upper", frameon=False, fontsize=8)
+    return plot
 
 
 def numbered(figures: Mapping[str, float], prefix: str, kind: type) -> dict[Any, float]:

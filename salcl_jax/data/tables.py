@@ -29,8 +29,30 @@ def folder_labels(files: list[str]) -> Table:
     return Table(files, {"label": [number[parent] for parent in parents]}, names)
 
 
-def coco(path: str, roots: tuple[str, ...], files: list[str]) -> Table:
-    """Boxes, classes and difficult of COCO-style JSON; crowds are dropped, photos without stay."""
+def coco(paths: str, roots: tuple[str, ...], files: list[str]) -> Table:
+    """Boxes, classes and difficult of COCO-style JSON; crowds are dropped, photos without stay.
+
+    Of several files, comma-separated, classes with the same name are one.
+    """
+    tables = [_coco_file(path.strip(), roots, files) for path in paths.split(",")]
+    if len(tables) == 1:
+        return tables[0]
+    names = tuple(dict.fromkeys(name for table in tables for name in table.class_names))
+    number = {name: i for i, name in enumerate(names)}
+    found: list[str] = []
+    columns: dict[str, list] = {key: [] for key in tables[0].columns}
+    for table in tables:
+        if twice := set(found) & set(table.files):
+            raise ValueError(f"{paths}: {min(twice)} is in more than one of these files")
+        found += table.files
+        new = np.array([number[name] for name in table.class_names], np.int32)
+        table.columns["classes"] = [new[kinds] for kinds in table.columns["classes"]]
+        for key, column in table.columns.items():
+            columns[key] += column
+    return Table(found, columns, names)
+
+
+def _coco_file(path: str, roots: tuple[str, ...], files: list[str]) -> Table:
     data = _boxes_json(path)
     categories = sorted(data["categories"], key=lambda category: category["id"])
     number = {category["id"]: i for i, category in enumerate(categories)}

@@ -1,0 +1,199 @@
+"""Studies: the grid, the statistics of its report, and the command from start to a second start."""
+
+import csv
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from salcl_jax import config as lib
+from salcl_jax import study_plan, study_report
+from salcl_jax.study_plan import Run, Study
+
+ROOT = Path(__file__).parents[1]
+STUDIES = sorted((ROOT / "configs" / "studies").glob("*.py"))
+RNG = np.random.default_rng(0)
+CHECK = """
+from salcl_jax import config as lib
+from salcl_jax.study_plan import Study
+
+def config():
+    c = lib.load_module({scenes!r}).get_config("smoke")
+    c.eval.linear, c.log.panels, c.checkpoint.every = False, 0.0, 0.5
+    c.tasks.baselines = ("untrained",)
+    return c
+
+def lost(c):
+    c.data.train = lib.source("folder", roots=({lost!r},))
+
+def get_study():
+    return Study(question="Anything?", config=config, rows={{"byol": lib.plain_byol, "guided": lambda c: None,
+                 "same": lib.plain_byol, "lost": lost}}, baseline="byol", judge=config, seeds=(3,),
+                 tasks=("knn", "localization"),
+                 figures={{"knn/top1": "k-NN", "localization/corloc": "CorLoc"}})
+"""
+
+
+def study(**fields) -> Study:
+    plain = {
+        "question": "Anything?", "config": small, "rows": {"byol": lib.plain_byol, "guided": lambda c: None},
+        "baseline": "byol", "judge": small, "tasks": ("knn",), "figures": {"knn/top1": "k-NN"},
+    }  # fmt: skip
+    return Study(**(plain | fields))
+
+
+def small() -> lib.ConfigDict:
+    return lib.load_module(str(ROOT / "configs" / "scenes.py")).get_config("smoke")
+
+
+def row(name: str, seed: int, **figures: float) -> dict:
+    return {
+        "row": name, "seed": seed, "config": "c", "judge": "j", "steps": 10, "images": 160,
+        "devices": "1 x cpu",
+        "flops_per_step": 1e6 if name == "byol" else 1.2e6, "train_seconds": 1.0, "seconds": 2.0,
+        "figures": figures, "untrained": {}, "folder": "nowhere",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
+def test_every_study_and_its_rows_are_valid(path, monkeypatch):
+    plan = study_plan.load(str(path))
+    assert len(study_plan.runs(plan)) == len(plan.seeds) * (len(plan.rows) + len(plan.matched))
+    assert plan.question and plan.baseline in plan.rows
+    names = {study_plan.digest(study_plan.configuration(plan, Run(name, 0))) for name in plan.rows}
+    assert len(names) == len(plan.rows)  # no two rows learn the same
+
+
+def test_dials_of_a_study_combine():
+    plan = study_plan.load(f"{ROOT}/configs/studies/scenes.py:small,clutter")
+    scenes = plan.config().tasks.localization.test.scenes
+    assert scenes.object_size == (0.12, 0.25) and scenes.clutter == 1.0
+
+
+@pytest.mark.parametrize("fields, words", [
+    ({"baseline": "plain"}, "no row plain"),
+    ({"matched": {"more": ("byol", "nonesuch")}}, "no row nonesuch"),
+    ({"rows": {"byol": lib.plain_byol, "a b": lambda c: None}}, "row 'a b'"),
+    ({"matched": {"guided": ("byol", "guided")}}, "row 'guided'"),
+    ({"seeds": (1, 1)}, "seeds"),
+    ({"rows": {"byol": lambda c: c.roi.update(count=0)}}, "row byol: config.roi.count"),
+])  # fmt: skip
+def test_a_grid_that_cannot_run_is_refused(fields, words):
+    with pytest.raises(lib.ConfigError, match=words):
+        study_plan._check(study(**fields), "x.py")
+
+
+def test_the_order_has_whole_comparisons_first():
+    plan = study(seeds=(4, 5), matched={"more": ("byol", "guided")})
+    grid = [Run(name, seed) for seed in (4, 5) for name in ("byol", "guided", "more")]
+    assert study_plan.runs(plan) == grid
+
+
+def test_a_matched_row_gets_as_many_operations():
+    plan = study(matched={"more": ("byol", "guided")})
+    plain = study_plan.digest(study_plan.configuration(plan, Run("byol", 0)))
+
+    def flops(c):
+        return 2.0 if study_plan.digest(c) == plain else 3.0
+
+    byol, more = (study_plan.configuration(plan, Run(name, 0), flops) for name in ("byol", "more"))
+    assert 2.0 * more.total_steps == 3.0 * byol.total_steps
+    more.total_steps = byol.total_steps
+    assert lib.learnt_fields(more) == lib.learnt_fields(byol)
+
+
+def test_the_name_of_a_run_follows_what_it_learns():
+    first, second = small(), small()
+    second.log.every = 3
+    assert study_plan.digest(first) == study_plan.digest(second)
+    second.data.train.scenes.seed = 1
+    assert study_plan.digest(first) != study_plan.digest(second)
+    first.seed = 1
+    assert study_plan.digest(first) != study_plan.digest(small())
+
+
+def test_means_and_errors_are_those_of_scipy():
+    values = RNG.normal(size=5)
+    found = study_report.mean_of(values)
+    assert found.mean == pytest.approx(values.mean()) and found.error == pytest.approx(stats.sem(values))
+    assert math.isnan(study_report.mean_of([1.0]).error)
+
+
+def test_differences_are_paired_by_seed():
+    base, other = RNG.normal(0, 10, 4), RNG.normal(0, 1, 5)
+    rows = [row("byol", seed, x=value) for seed, value in enumerate(base)]
+    rows += [row("guided", seed, x=base[seed] + change if seed < 4 else 99.0)
+             for seed, change in reversed(list(enumerate(other)))]  # fmt: skip
+    found = study_report.paired(rows, "guided", "byol", "x")
+    assert found.n == 4 and found.mean == pytest.approx(other[:4].mean())
+    test = stats.ttest_rel([base[i] + other[i] for i in range(4)], base)
+    assert found.mean / found.error == pytest.approx(test.statistic)
+
+
+def test_the_table_says_what_was_found():
+    changes = {"guided": (0.02, 0.03, 0.04), "random": (-0.01, 0.05, 0.0)}
+    rows = [row("byol", s, **{"knn/top1": 0.4 + s / 100}) for s in range(3)]
+    for name, found in changes.items():
+        rows += [row(name, s, **{"knn/top1": 0.4 + s / 100 + found[s]}) for s in range(3)]
+    for one in rows:
+        one["untrained"] = {"knn/top1": 0.25}
+    plan = study(rows=dict.fromkeys(("byol", "guided", "random", "absent"), lib.plain_byol))
+    lines = study_report.table(plan, rows).splitlines()
+    assert lines[2] == "| untrained | | | | 25.0 ± 0.0 |"
+    assert lines[3] == "| byol | 3 | 10 | 1.00 | 41.0 ± 0.6 |"
+    assert lines[4] == "| guided | 3 | 10 | 1.20 | 44.0 ± 1.2 (**+3.0 ± 0.6**) |"
+    assert lines[5].endswith("(+1.3 ± 1.9) |") and len(lines) == 6
+
+
+def start(*arguments):
+    env = os.environ | {
+        "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore",
+        "XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
+    }  # fmt: skip
+    command = [sys.executable, "-m", "salcl_jax.study", *map(str, arguments)]
+    return subprocess.Popen(
+        command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def ended(process):
+    out, err = process.communicate(timeout=400)
+    return process.returncode, out, err
+
+
+def test_a_study_stops_continues_and_does_nothing_twice(tmp_path):
+    file, work = tmp_path / "check.py", tmp_path / "work"
+    lost = tmp_path / "photos"
+    file.write_text(CHECK.format(scenes=str(ROOT / "configs" / "scenes.py"), lost=str(lost)))
+    command = (f"--study={file}", f"--workdir={work}", "--jobs=2")
+    process = start(*command)
+    logs = work / "logs" / "byol-3.txt"
+    deadline = time.monotonic() + 200
+    while not (logs.exists() and "1 of 1 cpu" in logs.read_text()) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    code, _, err = ended(process)
+    assert code == 75, err
+    code, out, err = ended(start(*command))
+    assert code == 70 and "4 runs, 3 to do" in err and "lost-3: ended with" in err, err
+    assert "no such folder" in (work / "logs" / "lost-3.txt").read_text()
+    with open(work / "check" / "results.csv") as lines:
+        rows = list(csv.DictReader(lines))
+    assert [r["row"] for r in rows] == ["byol", "guided", "same"]
+    assert rows[0]["config"] == rows[2]["config"] and rows[0]["knn/top1"] == rows[2]["knn/top1"]
+    assert float(rows[1]["flops_per_step"]) > float(rows[0]["flops_per_step"])
+    folders = sorted((work / "runs").glob("*-3-*"))
+    evals = [json.loads(p.read_text()) for p in (work / "runs").glob("*/eval/eval.json")]
+    found = {f"{e['tasks']['knn']['results']['trained']['knn/top1']:.6f}" for e in evals}
+    assert {f"{float(r['knn/top1']):.6f}" for r in rows} == found
+    assert "| guided | 1 | 4 |" in out and (work / "check" / "over_flops.png").stat().st_size > 5000
+    code, again, err = ended(start(*command, "--report_only"))
+    assert code == 0 and again == out and len(folders) >= 2
