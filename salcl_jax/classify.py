@@ -197,7 +197,7 @@ def _semi_fold(judge: Judge, subject: Subject, where: str) -> Figures:
         rows = everything if on == "test" else everything[fit_on]
         of_test = test if on == "test" else subset(source, everything[held_out])
         found = _shuffled(judge, subset(source, rows), size)
-        label = f"{subject.name}: fine-tuned {where} at {rate:g}, head x {multiplier:g}, {on}"
+        label = f"{subject.name}: fine-tuned {where} at {rate:g}, head x {multiplier:g}; scored on {on}"
         return finetune.run(
             judge.network, *branch(subject.state, judge.config.eval.branch), lambda step: next(found),
             lambda: judge.batches(of_test, label), recipe._replace(lr=rate, head_multiplier=multiplier),

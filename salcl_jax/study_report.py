@@ -6,7 +6,7 @@ rows: [{row, seed, steps, images, flops_per_step, figures: {name: value}, ...}],
 import csv
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,8 +23,9 @@ class Mean(NamedTuple):
     n: int
 
 
-def mean_of(values: Sequence[float]) -> Mean:
+def mean_of(values: Iterable[float]) -> Mean:
     """Mean and standard error: the sample's standard deviation (n - 1) over the root of n."""
+    values = np.array(list(values), np.float64)
     n = len(values)
     error = float(np.std(values, ddof=1) / math.sqrt(n)) if n > 1 else math.nan
     return Mean(float(np.mean(values)) if n else math.nan, error, n)

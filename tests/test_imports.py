@@ -11,12 +11,13 @@ PACKAGE = ROOT / "salcl_jax"
 FILES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py"))
 MATHS = {"jax", "numpy", "jaxtyping"}
 PURE = ("losses.py", "ema.py", "rng.py", "types.py", "metrics.py")
-UPPER = {"train", "main", "evaluate", "bench", "compile", "export"}  # programs: nothing below knows them
+UPPER = {"train", "main", "evaluate", "bench", "compile", "study"}  # programs: nothing below knows them
 # Who reads or checks fields by name, and who defines them.
 CONFIG = {
-    "main.py", "evaluate.py", "compile.py", "aot.py", "cli.py", "train.py", "validation.py", "config.py",
+    "main.py", "evaluate.py", "compile.py", "study.py", "study_plan.py", "aot.py", "cli.py", "train.py",
+    "validation.py", "config.py",
 }  # fmt: skip
-PROGRAMS = ["main.py", "evaluate.py", "compile.py", "bench/__main__.py"]
+PROGRAMS = ["main.py", "evaluate.py", "compile.py", "study.py", "bench/__main__.py"]
 FIELDS = {"config.py", "config_source.py", "config_tasks.py"}
 
 

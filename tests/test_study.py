@@ -64,7 +64,7 @@ def row(name: str, seed: int, **figures: float) -> dict:
 
 
 @pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
-def test_every_study_and_its_rows_are_valid(path, monkeypatch):
+def test_every_study_and_its_rows_are_valid(path):
     plan = study_plan.load(str(path))
     assert len(study_plan.runs(plan)) == len(plan.seeds) * (len(plan.rows) + len(plan.matched))
     assert plan.question and plan.baseline in plan.rows
@@ -192,7 +192,7 @@ def test_a_study_stops_continues_and_does_nothing_twice(tmp_path):
     assert float(rows[1]["flops_per_step"]) > float(rows[0]["flops_per_step"])
     folders = sorted((work / "runs").glob("*-3-*"))
     evals = [json.loads(p.read_text()) for p in (work / "runs").glob("*/eval/eval.json")]
-    found = {f"{e['tasks']['knn']['results']['trained']['knn/top1']:.6f}" for e in evals}
+    found = {f"{e['results']['knn']['trained']['knn/top1']:.6f}" for e in evals}
     assert {f"{float(r['knn/top1']):.6f}" for r in rows} == found
     assert "| guided | 1 | 4 |" in out and (work / "check" / "over_flops.png").stat().st_size > 5000
     code, again, err = ended(start(*command, "--report_only"))

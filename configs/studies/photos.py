@@ -140,7 +140,7 @@ def _maps() -> dict[str, Change]:
         return change
 
     return {
-        "contrast": drawn(),
+        "cover": drawn(),  # contrast, of the target
         "contrast_online": drawn(branch="online"),
         "activation2": drawn(source="activation", stages=("stage2",)),
         "activation4": drawn(source="activation", stages=("stage4",)),
