@@ -84,7 +84,7 @@ PREPARE = """
     from salcl_jax import config as lib, sharding, train
     from salcl_jax.models.network import build
     from salcl_jax.train_step import make_init, make_train_step
-    from test_train import SMALL
+    from runs import SMALL
 
     def configure(kind, **fields):
         c = scenes.get_config("smoke")

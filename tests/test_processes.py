@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_train import NO_TENSORFLOW, SMALL, finish, metrics, record, summary, wait_for_step
+from runs import SMALL, finish, home, metrics, newest, record, summary, wait_for_step
 
 from salcl_jax import peers
 
@@ -34,11 +34,7 @@ LONG = {"total_steps": 48, "checkpoint.every": 0.25, "sharding.params": "fsdp", 
 
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory):
-    """Folder of this file: compiled programs, and the block that keeps tensorflow out."""
-    folder = tmp_path_factory.mktemp("processes")
-    (folder / "blocked").mkdir()
-    (folder / "blocked" / "sitecustomize.py").write_text(NO_TENSORFLOW)
-    return folder
+    return home(tmp_path_factory, "processes")
 
 
 def start(shared, count, workdir, fields, program="main", every=(), only=()):
@@ -105,10 +101,6 @@ def check_figures(found, expected, rtol):
     for name, value in found.items():
         share = any(part in name for part in ("top1", "corloc", "pointing"))
         assert value == pytest.approx(expected[name], rel=rtol, abs=1 / 32 + 1e-6 if share else 1e-6), name
-
-
-def newest(workdir):
-    return max(int(p.name) for p in (workdir / "checkpoints").iterdir() if p.name.isdigit())
 
 
 @pytest.mark.parametrize("count", [2, pytest.param(4, marks=slow)])

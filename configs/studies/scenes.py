@@ -8,26 +8,27 @@ Results: RESULTS.md.
 """
 
 from salcl_jax import config as lib
-from salcl_jax.study_plan import Study
+from salcl_jax.study_plan import Change, Study
 
 FIGURES = {
     "linear/top1": "objects, linear",
     "knn/top1": "objects, k-NN",
     "multilabel/map": "multi-label mAP",
-    "segmentation/miou": "mIoU",
     "localization/corloc": "CorLoc",
     "localization/pointing": "pointing",
 }
 
 
 def get_study(variant: str = "") -> Study:
-    """Plain BYOL's crops, the demo's guidance, and its controls."""
+    """Ways from a region to crops, each with regions of the map, true ones and random ones."""
     dials = {"small": _small, "large": _large, "clutter": _clutter, "clean": _clean, "long": _long,
              "tight": _tight, "loose": _loose}  # fmt: skip
 
     def config() -> lib.ConfigDict:
         c = lib.beside(__file__, "../scenes.py").get_config()
-        c.eval.every, c.eval.linear, c.log.panels = 0.25, False, 0.0
+        c.pairs.mix.roi_jitter = 0.0
+        c.eval.every, c.eval.linear, c.log.panels = 0.5, False, 0.0
+        c.tasks.linear.protocol, c.tasks.localization.gallery = "lbfgs", 0
         c.tasks.baselines = ("untrained",)
         return lib.apply_variants(c, variant, dials)
 
@@ -36,17 +37,42 @@ def get_study(variant: str = "") -> Study:
         config=config,
         rows={
             "byol": lib.plain_byol,
-            "saliency": lambda c: None,
-            "ground_truth": lambda c: c.roi.update(source="ground_truth"),
-            "random": lambda c: c.roi.update(source="random"),
-            "center": lambda c: c.roi.update(source="center"),
+            "jitter": _pairs("roi_jitter", "saliency"),
+            "jitter_true": _pairs("roi_jitter", "ground_truth"),
+            "cover": _pairs("cover", "saliency"),
+            "cover_true": _pairs("cover", "ground_truth"),
+            "local": _small_crops("saliency"),
+            "local_true": _small_crops("ground_truth"),
+            "local_random": _small_crops("random"),
         },
-        matched={"byol_flops": ("byol", "saliency")},
         baseline="byol",
         judge=config,
-        tasks=("linear", "knn", "multilabel", "segmentation", "localization"),
+        tasks=("linear", "knn", "multilabel", "localization"),
         figures=FIGURES,
     )
+
+
+def _pairs(way: str, regions: str) -> Change:
+    """Four pairs of five by this way."""
+
+    def change(c: lib.ConfigDict) -> None:
+        c.pairs.mix[way] = 0.8
+        c.roi.source = regions
+
+    return change
+
+
+def _small_crops(regions: str) -> Change:
+    """Plain pairs, and two small crops at regions; 'random' ones are ordinary small crops."""
+
+    def change(c: lib.ConfigDict) -> None:
+        c.local.count, c.local.size = 2, 32
+        if regions == "random":
+            c.local.source = "random"
+        else:
+            c.roi.source = regions
+
+    return change
 
 
 def _photos(c: lib.ConfigDict) -> list[lib.ConfigDict]:
