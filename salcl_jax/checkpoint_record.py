@@ -66,11 +66,14 @@ def seal(record: dict) -> dict:
 
 
 def unseal(sealed: dict) -> tuple[dict, dict]:
-    """(leaves, extra) of a sealed record; raises RuntimeError when it was altered."""
+    """(leaves, extra) of a sealed record; raises RuntimeError, KeyError or TypeError when it was altered."""
     text = json.dumps(sealed["record"], sort_keys=True)
     if zlib.crc32(text.encode()) != sealed["crc"]:
         raise RuntimeError("its record of leaves is altered")
-    return sealed["record"]["leaves"], sealed["record"]["extra"]
+    leaves, extra = sealed["record"]["leaves"], sealed["record"]["extra"]
+    if not (isinstance(leaves, dict) and isinstance(extra, dict)):
+        raise TypeError("its record has no leaves or nothing beside them")
+    return leaves, extra
 
 
 def check_structure(where: epath.Path, leaves: dict, wanted: PyTree) -> None:

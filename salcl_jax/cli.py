@@ -45,6 +45,16 @@ def writable(flag: str, path: str) -> None:
         raise flags.Error(f"--{flag}={path}: {above} is not a folder that can be written to")
 
 
+def eval_folder(checkpoint: str) -> str:
+    """Where the figures of a checkpoint go: 'eval' in its workdir, or FILE-eval beside a file of weights."""
+    workdir = os.path.abspath(os.path.expanduser(checkpoint))
+    if os.path.isfile(workdir):
+        return f"{os.path.splitext(workdir)[0]}-eval"
+    workdir = os.path.dirname(workdir) if os.path.basename(workdir).isdigit() else workdir
+    workdir = os.path.dirname(workdir) if os.path.basename(workdir) == "checkpoints" else workdir
+    return os.path.join(workdir, "eval")
+
+
 def start(distributed: str, patience: int = 60) -> None:
     """Connect the processes and keep the libraries quiet; call it before anything else touches jax.
 

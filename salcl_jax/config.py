@@ -31,7 +31,7 @@ def base() -> ConfigDict:
     c.total_steps = 0  # optimizer steps
     c.batch_size = 512  # images per optimizer step, over all devices
     c.accumulate = 1  # micro-batches per optimizer step; BatchNorm then sees a micro-batch
-    c.init_from = ""  # workdir of another run whose weights start this one (not a resume)
+    c.init_from = ""  # weights to start from: another run's workdir, or a .pth, .safetensors or .npz file
     c.distributed = "auto"  # auto | none | host:port,processes,index
     c.distributed_timeout = 60  # seconds of silence after which a process counts as gone and the others stop
 
@@ -285,6 +285,8 @@ def finish(c: ConfigDict, *, devices: int, images: int) -> ConfigDict:
     """Copy with `resolved`: the quantities in steps that follow from the fields and the data's size."""
     c = ConfigDict(c.to_dict())
     total = c.total_steps or math.ceil(c.total_epochs * images / c.batch_size)
+    if total >= 2**31:
+        raise ConfigError(f"config.total_epochs = {c.total_epochs}: {total} steps are more than are counted")
 
     def steps(share: float) -> int:
         return max(1, round(share * total)) if share > 0 else 0
@@ -324,11 +326,25 @@ def learnt_fields(c: ConfigDict) -> dict:
 
 
 def recall(c: ConfigDict, fields: Mapping, sections: tuple[str, ...], keep: Mapping = {}) -> None:
-    """Set the fields of `sections` to those recorded by `learnt_fields`, but for the names in `keep`."""
+    """Set the fields of `sections` to those recorded by `learnt_fields`, but for the names in `keep`.
+
+    Raises `ConfigError` for a value of another type: the record may come from anywhere.
+    """
     known = _flatten(c.to_dict())
     for name, value in fields.items():
         if name in known and name not in keep and name.split(".")[0] in sections:
+            if not _fits(value, known[name]):
+                raise ConfigError(f"the checkpoint records {name} = {value!r}, no value of that field")
             c.update_from_flattened_dict({name: _tuples(value)})
+
+
+def _fits(value, like) -> bool:
+    """Whether a value out of JSON has the type of a field."""
+    if isinstance(like, tuple):
+        return isinstance(value, list) and all(isinstance(v, (str, int, float)) for v in value)
+    if isinstance(like, float):
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return type(value) is type(like)
 
 
 def _tuples(value):

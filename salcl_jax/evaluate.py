@@ -1,8 +1,9 @@
 """Judge a checkpoint: `python -m salcl_jax.evaluate --config=CONFIG --checkpoint=DIR --task=knn,linear`.
 
 The network and its map are those recorded in the checkpoint; photos and protocols are the fields
-`config.tasks` and `config.eval`. Writes eval.json, eval.md and plots. Exit codes: 0 done, 2 something to
-mend in the command, configuration or data, 75 another process is gone (start again).
+`config.tasks` and `config.eval`. A file of weights (.pth, .safetensors, .npz) records nothing: its network is
+`config.model`. Writes eval.json, eval.md and plots. Exit codes: 0 done, 2 something to mend in the command,
+configuration or data, 75 another process is gone (start again).
 """
 
 import os
@@ -21,9 +22,9 @@ from salcl_jax.evaluators import TASKS
 from salcl_jax.validation import validate, validate_task
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "configuration file[:variants]", lock_config=True)
-_CHECKPOINT = flags.DEFINE_string("checkpoint", None, "workdir of a run, or one STEP of its checkpoints")
+_CHECKPOINT = flags.DEFINE_string("checkpoint", None, "workdir of a run, a STEP in it, or a file of weights")
 _TASK = flags.DEFINE_list("task", "summary", f"summary (config.tasks.summary), or some of {', '.join(TASKS)}")
-_OUT = flags.DEFINE_string("out", None, "folder of the results; WORKDIR/eval if not given")
+_OUT = flags.DEFINE_string("out", None, "folder of the results; WORKDIR/eval, or FILE-eval, if not given")
 # Decided by the checkpoint, but for the command line; all that says how crops were chosen goes together.
 RECORDED = ("seed", "model", "saliency", "roi", "pairs", "local", "weights", "crops")
 
@@ -37,27 +38,17 @@ def chosen_tasks(names: list[str], summary: tuple[str, ...]) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def out_folder(checkpoint: str, out: str | None) -> str:
-    """Where results go: `out`, or the folder 'eval' of the checkpoint's workdir."""
-    if out:
-        return out
-    workdir = os.path.abspath(os.path.expanduser(checkpoint))
-    workdir = os.path.dirname(workdir) if os.path.basename(workdir).isdigit() else workdir
-    workdir = os.path.dirname(workdir) if os.path.basename(workdir) == "checkpoints" else workdir
-    return os.path.join(workdir, "eval")
-
-
 def _check() -> None:
     if not _CHECKPOINT.value:
-        raise flags.Error("give --checkpoint=DIR, the workdir of a run")
+        raise flags.Error("give --checkpoint=DIR, the workdir of a run, or a file of weights")
     for task in chosen_tasks(_TASK.value, _CONFIG.value.tasks.summary):
         validate_task(_CONFIG.value, task)
     remote = "://" in _CHECKPOINT.value
     if remote and not _OUT.value:
         raise flags.Error(f"--checkpoint={_CHECKPOINT.value}: give --out=DIR, a local folder for the results")
-    if not remote and not os.path.isdir(os.path.expanduser(_CHECKPOINT.value)):
-        raise flags.Error(f"--checkpoint={_CHECKPOINT.value}: no such folder")
-    cli.writable("out", out_folder(_CHECKPOINT.value, _OUT.value))
+    if not remote and not os.path.exists(os.path.expanduser(_CHECKPOINT.value)):
+        raise flags.Error(f"--checkpoint={_CHECKPOINT.value}: no such folder or file")
+    cli.writable("out", _OUT.value or cli.eval_folder(_CHECKPOINT.value))
 
 
 def main(_: list[str]) -> None:
@@ -65,7 +56,7 @@ def main(_: list[str]) -> None:
     config = _CONFIG.value
     cli.start(config.distributed, config.distributed_timeout)
     overridden = config_flags.get_override_values(flags.FLAGS["config"])
-    out = out_folder(_CHECKPOINT.value, _OUT.value)
+    out = _OUT.value or cli.eval_folder(_CHECKPOINT.value)
     names = chosen_tasks(_TASK.value, config.tasks.summary)
     with peers.together():
         try:
@@ -122,7 +113,7 @@ def evaluate(
 
 
 def _open(config: Any, checkpoint: str, overridden: dict) -> tuple:
-    """The judge, what it judges, and the step of the checkpoint."""
+    """The judge, what it judges, and the step of the checkpoint (None of a file of weights)."""
     import jax
 
     from salcl_jax import checkpoint as checkpoint_lib
@@ -130,19 +121,27 @@ def _open(config: Any, checkpoint: str, overridden: dict) -> tuple:
     from salcl_jax.judge import Judge
     from salcl_jax.models.network import build
     from salcl_jax.train_step import make_init
+    from salcl_jax.weights import files, incoming
 
     train.use_compilation_cache()
     mesh = sharding.make_mesh()
     config = config_lib.ConfigDict(config.to_dict())
-    recorded = checkpoint_lib.load_extra(checkpoint).get("fields", {})
+    file = files.weights_file(checkpoint)
+    recorded = {} if file else checkpoint_lib.load_extra(checkpoint).get("fields", {})
     config_lib.recall(config, recorded, RECORDED, overridden)
     validate(config)
     network = build(**config.model)
     init = make_init(network, config_lib.finish(config, devices=1, images=1))
     whole = sharding.replicated(mesh)
     untrained = jax.jit(lambda: init()._replace(opt_state=()), out_shardings=whole)()
-    trees, step = checkpoint_lib.load_networks(checkpoint, checkpoint_lib.abstract_like(untrained, whole))
-    trained = untrained._replace(**jax.jit(lambda t: t, out_shardings=whole)(trees))
+    shapes = checkpoint_lib.abstract_like(untrained, whole)
+    if file:
+        (trees, line), step = incoming.load(file, shapes, config.model), None
+        if _is_main():
+            print(line, flush=True)
+    else:
+        trees, step = checkpoint_lib.load_networks(checkpoint, shapes)
+    trained = incoming.put(untrained, trees, jax.tree.map(lambda _: whole, untrained))
     cache = {"": feature_cache.user_folder("features"), "none": None}
     folder = cache.get(config.tasks.cache, config.tasks.cache)
     judge = Judge(network, config, mesh, folder, **({"watch": writer.watch} if _is_main() else {}))
@@ -157,7 +156,7 @@ def _is_main() -> bool:
     return jax.process_index() == 0
 
 
-def _meta(judge: Any, subject: Any, checkpoint: str, step: int) -> dict[str, Any]:
+def _meta(judge: Any, subject: Any, checkpoint: str, step: int | None) -> dict[str, Any]:
     """What holds for all tasks; `subject` is the network that was trained."""
     import jax
 

@@ -61,7 +61,10 @@ def _read(place: str) -> Columns | None:
     try:
         with open(os.path.join(place, "columns.json"), encoding="utf-8") as file:
             listed = json.load(file)["columns"]
-        columns = {name: np.load(os.path.join(place, f"{name}.npy"), mmap_mode="r") for name in listed}
+        columns = {
+            name: np.load(os.path.join(place, f"{name}.npy"), mmap_mode="r", allow_pickle=False)
+            for name in listed
+        }
         return columns if all(list(columns[n].shape) == listed[n] for n in listed) else None
     except (OSError, ValueError, KeyError):
         return None

@@ -198,14 +198,15 @@ def shared_classes(train: Source, test: Source) -> tuple[str, ...]:
 
 def subset(source: Source, rows: np.ndarray) -> Source:
     """The photos of a source at these rows, in their order."""
-    read, digest = source.read, source.digest
+    read, digest, place = source.read, source.digest, source.place
 
     def of_rows() -> str:
         return hashlib.sha256(digest().encode() + np.asarray(rows, np.int64).tobytes()).hexdigest()
 
     return dataclasses.replace(
-        source, size=len(rows), read=lambda i: read(int(rows[i])), digest=of_rows
-    )
+        source, size=len(rows), read=lambda i: read(int(rows[i])), digest=of_rows,
+        place=lambda i: place(int(rows[i])),
+    )  # fmt: skip
 
 
 def _field(c: Any, name: str) -> Any:

@@ -20,10 +20,13 @@ from salcl_jax.evaluators import HEADLINES, online
 from salcl_jax.feature_cache import user_folder
 from salcl_jax.models.network import Network, build, parameter_table
 from salcl_jax.panels import make_panel
+from salcl_jax.skipped import Skipped
 from salcl_jax.termination import watch_for_termination
 from salcl_jax.train_step import make_init, make_train_step
 from salcl_jax.types import HostBatch, TrainState
 from salcl_jax.validation import validate
+from salcl_jax.weights import files, incoming
+from salcl_jax.workdir import alone, check_nothing_lost
 from salcl_jax.writer import Progress, Writer
 
 PREEMPTED = peers.AGAIN  # exit code: saved and left, start again to continue
@@ -46,8 +49,8 @@ def train(config: Any, workdir: str) -> dict:
     """Run, or continue, the training that a validated configuration describes; returns the summary.
 
     Only the main process gets the summary, the others an empty one. Raises `ConfigError` for what the user
-    has to mend, and `Stopped` when told to terminate (after saving), when the loss is not finite and when
-    too many images cannot be read.
+    has to mend, and `Stopped` when told to terminate (after saving), when the loss is not finite, when too
+    many images cannot be read and when the workdir cannot be written to.
     """
     mesh = sharding.make_mesh()
     validate(config, devices=mesh.size)
@@ -57,18 +60,41 @@ def train(config: Any, workdir: str) -> dict:
     network = build(**config.model)
     main = jax.process_index() == 0
     use_compilation_cache()
-    with _checkpointer(config, workdir) as saved:
+    with _alone(workdir, main), _checkpointer(config, workdir) as saved:
         with _user_errors():
             state, history, start = _restore_or_init(config, network, mesh, saved)
+            again = start == 0 and check_nothing_lost(workdir, config.resolved.checkpoint_every)
+        if main and again:
+            print(f"{workdir}: ended before its first checkpoint was complete; begins again", flush=True)
         if main and start == 0:
             print(_describe(config, state), flush=True)
-        with Writer(workdir, tensorboard=config.log.tensorboard, is_main=main, resume_step=start) as writer:
+        with (
+            Skipped(workdir, process=jax.process_index(), resume=start > 0) as skipped,
+            Writer(workdir, tensorboard=config.log.tensorboard, is_main=main, resume_step=start) as writer,
+        ):
+            sources = {name: skipped.watch(source) for name, source in sources.items()}
             writer.config(config.to_dict())
             with _user_errors():
-                run = _Run(config, network, mesh, sources, saved, writer, history, start)
+                run = _Run(config, network, mesh, sources, saved, writer, skipped, history, start)
             summary = run.loop(state)
             writer.summary(summary)
     return summary if main else {}
+
+
+@contextlib.contextmanager
+def _alone(workdir: str, main: bool) -> Iterator[None]:
+    """Inside, no other run is in the workdir, and what cannot be written there ends this one with a line."""
+    with contextlib.ExitStack() as stack:
+        if main:
+            with _user_errors():
+                stack.enter_context(alone(workdir))
+        try:
+            yield
+        except OSError as error:
+            raise Stopped(
+                f"{' '.join(str(error).split())}: make room or mend {workdir}, then start the same "
+                "command again; it continues from the last complete checkpoint there", FAILED,
+            ) from error  # fmt: skip
 
 
 def open_sources(config: Any) -> dict[str, Source]:
@@ -108,7 +134,7 @@ def _user_errors() -> Iterator[None]:
     """Inside, what is wrong lies with files and settings: a line for the user instead of a traceback."""
     try:
         yield
-    except (ValueError, OSError, RuntimeError) as error:
+    except (ValueError, OSError, RuntimeError, ImportError) as error:
         peers.end_if_gone(error)
         raise config_lib.ConfigError(str(error)) from error
 
@@ -116,7 +142,7 @@ def _user_errors() -> Iterator[None]:
 def _restore_or_init(
     config: Any, network: Network, mesh: jax.sharding.Mesh, saved: checkpoint.Checkpointer
 ) -> tuple[TrainState, dict, int]:
-    """State, history and step to start from: own checkpoint, else another run's weights, else scratch.
+    """State, history and step to start from: own checkpoint, else the weights of `init_from`, else scratch.
 
     An own checkpoint whose configuration would learn something else is refused.
     """
@@ -127,19 +153,32 @@ def _restore_or_init(
     fields = config_lib.learnt_fields(config)
     if restored:
         state, extra, step = restored
-        changed = config_lib.differences(extra["fields"], fields)
+        changed = config_lib.differences(extra.get("fields", {}), fields)
         if changed:
             raise config_lib.ConfigError(
                 f"{saved.directory} holds a run with other settings ({'; '.join(changed[:4])}): use "
                 "another --workdir, or start from its weights with --config.init_from"
             )
-        return state, extra["history"], step
+        return state, _no_history() | extra["history"], step
     state = jax.jit(init, out_shardings=places)()
     if config.init_from:
-        weights = checkpoint.load_params(config.init_from, shapes)
-        there = {name: getattr(places, name) for name in weights}
-        state = state._replace(**jax.jit(lambda t: t, out_shardings=there)(weights))
-    return state, NO_HISTORY | {"interval": []}, 0
+        state = incoming.put(state, _weights(config, shapes), places)
+    return state, _no_history(), 0
+
+
+def _weights(config: Any, shapes: TrainState) -> dict:
+    """Networks of `init_from`: another run's, or those of a file."""
+    file = files.weights_file(config.init_from)
+    if file is None:
+        return checkpoint.load_params(config.init_from, shapes)
+    found = incoming.load(file, shapes, config.model)
+    if jax.process_index() == 0:
+        print(found.line, flush=True)
+    return found.trees
+
+
+def _no_history() -> dict:
+    return NO_HISTORY | {"interval": []}
 
 
 def state_places(config: Any, state: TrainState, mesh: jax.sharding.Mesh) -> TrainState:
@@ -170,8 +209,8 @@ def _describe(config: Any, state: TrainState) -> str:
 class _Run:
     """The loop's working set; one object a run."""
 
-    def __init__(self, config, network, mesh, sources, saved, writer, history, start):
-        self.config, self.mesh, self.sources = config, mesh, sources
+    def __init__(self, config, network, mesh, sources, saved, writer, skipped, history, start):
+        self.config, self.mesh, self.sources, self.skipped = config, mesh, sources, skipped
         self.saved, self.writer, self.history, self.start = saved, writer, history, start
         self.total = config.resolved.total_steps
         self.evaluate = online.make_evaluation(network, config, mesh, sources)
@@ -262,10 +301,11 @@ class _Run:
         share = self.history["skipped"] / (self.history["skipped"] + self.history["seen"])
         if share > self.config.data.max_skipped:
             self._save(step, state, force=True)
+            reasons = ", ".join(f"{reason} {count}" for reason, count in self.skipped.reasons().items())
             raise Stopped(
-                f"{self.history['skipped']:.0f} images could not be read, {100 * share:.1f} % of all so "
-                f"far: mend {self.sources['train'].name} or raise config.data.max_skipped "
-                f"(now {self.config.data.max_skipped})", FAILED,
+                f"{self.history['skipped']:.0f} images could not be read, {100 * share:.1f} % of all so far "
+                f"(listed in {self.skipped.path}: {reasons}): mend {self.sources['train'].name} or raise "
+                f"config.data.max_skipped (now {self.config.data.max_skipped})", FAILED,
             )  # fmt: skip
 
     def _evaluate(self, step: int, state: TrainState) -> dict[str, float]:
@@ -289,6 +329,7 @@ class _Run:
         self.history["seconds"] += now - self.clock
         self.clock = now
         extra = {"fields": config_lib.learnt_fields(self.config), "history": self.history}
+        self.skipped.write()  # before the step is saved: what it passed over is not met again
         self.saved.save(step, state, extra, force=force)
 
     def _summary(self) -> dict:
@@ -299,6 +340,7 @@ class _Run:
             "seconds": self.history["seconds"],
             "devices": f"{self.mesh.size} x {jax.devices()[0].device_kind}",
             "skipped": self.history["skipped"],
+            "skipped_photos": self.skipped.reasons(),
             "collapse_alarm": self.alarm.raised,
             "final": self.history["final"],
             "untrained": self.history["untrained"],

@@ -74,6 +74,7 @@ _RANGES = ("data.window_area", "crops.area", "crops.ratio", "local.area", "pairs
 
 def validate(c: ConfigDict, devices: int = 1) -> None:
     """Raise `ConfigError` for values and combinations that cannot run on this number of devices."""
+    _validate_values(c, c)
     for name, allowed in _ONE_OF.items():
         _need(_get(c, name) in allowed, c, name, f"allowed: {', '.join(allowed)}")
     for name, least in _AT_LEAST.items():
@@ -92,6 +93,24 @@ def validate(c: ConfigDict, devices: int = 1) -> None:
     _validate_guidance(c)
     _validate_sources(c)
     _validate_tasks(c)
+
+
+def _validate_values(c: ConfigDict, section: ConfigDict, prefix: str = "") -> None:
+    """What holds for every field: numbers are finite and whole ones fit the devices' integers."""
+    for field, value in section.items():
+        name = f"{prefix}{field}"
+        if isinstance(value, ConfigDict):
+            _validate_values(c, value, f"{name}.")
+            continue
+        values = tuple(value) if isinstance(value, (tuple, list)) else (value,)
+        most = 2**63 if name == "seed" else 2**31
+        large = any(isinstance(v, int) and not -most <= v < most for v in values)
+        _need(not large, c, name, f"must lie between {-most} and {most - 1}")
+        _need(all(math.isfinite(v) for v in values if isinstance(v, float)), c, name, "must be finite")
+        words = field in ("roots", "subsets")
+        kinds = str if words else (str, int, float)
+        _need(all(isinstance(v, kinds) for v in values), c, name,
+              f"must be {'texts' if words else 'numbers or texts'}")  # fmt: skip
 
 
 def validate_task(c: ConfigDict, task: str) -> None:

@@ -1,12 +1,11 @@
 """What a run leaves behind for people: metrics, JSON files, panels, TensorBoard, terminal lines.
 
-The only importer of tensorboardX. Folders may be local or on a bucket (gs://...).
+Folders may be local or on a bucket (gs://...).
 """
 
 import contextlib
 import io
 import json
-import logging
 import math
 import platform
 import subprocess
@@ -21,7 +20,8 @@ from typing import Any, SupportsFloat
 import numpy as np
 from etils import epath
 
-_log = logging.getLogger(__name__)
+from salcl_jax.board import Board
+
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 _REMOTE_INTERVAL = 30.0  # seconds; a bucket object can only be replaced whole, about once a second
 
@@ -43,13 +43,14 @@ class Writer:
         self._dir.mkdir(parents=True, exist_ok=True)
         self._lines = _LineFile(self._dir / "metrics.jsonl", resume_step)
         if tensorboard:
-            self._board = _tensorboard(self._dir / "tensorboard", resume_step)
+            self._board = Board(str(self._dir / "tensorboard"), resume_step)
 
     def __enter__(self) -> "Writer":
         return self
 
-    def __exit__(self, *_) -> None:
-        self.close()
+    def __exit__(self, kind: type | None, *_) -> None:
+        with contextlib.suppress(*[OSError] * (kind is not None)):  # what went wrong first is told
+            self.close()
 
     def scalars(self, step: int, values: Mapping[str, Any]) -> None:
         """Append one line {"step": step, name: float, ...}; a value that is not finite is null."""
@@ -58,9 +59,7 @@ class Writer:
         floats = {name: float(value) for name, value in values.items()}
         self._lines.append(_dumps({"step": int(step), **floats}))
         if self._board is not None:
-            for name, value in floats.items():
-                self._board.add_scalar(name, value, int(step))
-            self._board.flush()
+            self._board.scalars(int(step), floats)
 
     def image(self, step: int, name: str, array: np.ndarray) -> None:
         """Write panels/NAME_STEP.png from an image [h, w, 3], uint8 or float in [0, 1]."""
@@ -73,8 +72,7 @@ class Writer:
         path.parent.mkdir(parents=True, exist_ok=True)
         _save_image(path, array)
         if self._board is not None:
-            self._board.add_image(name, array, int(step), dataformats="HWC")
-            self._board.flush()
+            self._board.image(int(step), name, array)
 
     def summary(self, values: Mapping[str, Any]) -> None:
         """Write summary.json, replacing it whole."""
@@ -105,17 +103,18 @@ class _LineFile:
 
     def __init__(self, path: epath.Path, resume_step: int):
         self._path, self._remote = path, _is_remote(path)
-        text = path.read_text() if path.exists() else ""
+        text = path.read_bytes().decode(errors="replace") if path.exists() else ""
         kept = [line for line in text.splitlines() if resume_step and _belongs(line, resume_step)]
         repaired = "".join(f"{line}\n" for line in kept)
-        if repaired != text:
-            _replace(path, repaired)
+        if repaired != text or not path.exists():
+            replace_text(path, repaired)
         self._pending = kept if self._remote else []
         self._written = time.monotonic()
 
     def append(self, line: str) -> None:
         if not self._remote:
-            with self._path.open("a") as file:
+            with self._path.open("r+") as file:  # not made anew: a workdir that vanished is an error
+                file.seek(0, io.SEEK_END)
                 file.write(line + "\n")
             return
         self._pending.append(line)
@@ -124,13 +123,13 @@ class _LineFile:
 
     def flush(self) -> None:
         if self._remote:
-            _replace(self._path, "".join(f"{line}\n" for line in self._pending))
+            replace_text(self._path, "".join(f"{line}\n" for line in self._pending))
             self._written = time.monotonic()
 
 
 def write_json(path: str | epath.Path, values: Mapping[str, Any]) -> None:
     """Write a JSON file, replacing it whole; numbers that are not finite become null."""
-    _replace(epath.Path(path), _dumps(values, indent=2) + "\n")
+    replace_text(epath.Path(path), _dumps(values, indent=2) + "\n")
 
 
 def _is_remote(path: epath.Path) -> bool:
@@ -145,14 +144,18 @@ def _belongs(line: str, last_step: int) -> bool:
         return False
 
 
-def _replace(path: epath.Path, text: str) -> None:
+def replace_text(path: epath.Path, text: str) -> None:
     """Write a file so that a reader sees the old or the new text, never a part."""
     if _is_remote(path):  # object stores replace whole objects
         path.write_text(text)
         return
     temporary = path.parent / f".{path.name}.tmp"
-    temporary.write_text(text)
-    temporary.replace(path)
+    try:
+        temporary.write_text(text)
+        temporary.replace(path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def _save_image(path: epath.Path, array: np.ndarray) -> None:
@@ -206,19 +209,6 @@ def _git_commit() -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return commit + ("+" if changed else "")
-
-
-def _tensorboard(folder: epath.Path, resume_step: int) -> Any:
-    """A tensorboardX writer that hides events after `resume_step`; None if not installed."""
-    try:
-        from tensorboardX import SummaryWriter
-    except ImportError:
-        _log.warning("tensorboardX is not installed: no TensorBoard files (metrics.jsonl has all)")
-        return None
-    # Its file names count seconds: the suffix keeps a quick restart from overwriting the last one.
-    return SummaryWriter(
-        str(folder), purge_step=resume_step + 1, filename_suffix=f".{time.time_ns()}"
-    )
 
 
 def watch(batches: Iterable, total: int, label: str) -> Iterator:

@@ -94,9 +94,9 @@ def test_a_window_shows_that_part_of_the_photo():
 def test_broken_images_are_passed_over_and_counted():
     source = make(10, broken=(4, 5, 9))
     found = [p.load(source, i, canvas=16) for i in (3, 4, 5, 9)]
-    assert [int(e["id"]) for e in found] == [3, 6, 6, 0]
-    assert [int(e["skipped"]) for e in found] == [0, 2, 1, 1]
-    with pytest.raises(ValueError, match="10 images in a row from number 2 cannot be used") as got:
+    assert [int(e["id"]) for e in found] == [3, 1, 2, 6]  # 0.618 of 10, without a common factor: 7 on
+    assert [int(e["skipped"]) for e in found] == [0, 1, 1, 1]
+    with pytest.raises(ValueError, match="10 images tried for number 2 cannot be used") as got:
         p.load(make(10, broken=tuple(range(10))), 2, canvas=16)
     assert "not_image" in str(got.value)
     with pytest.raises(ValueError, match="too_small"):
@@ -109,7 +109,7 @@ def test_batches_hold_the_positions_they_should(use_tf):
     batches = stream(source, 5, use_tf, with_boxes=True, max_boxes=2)
     ids = np.concatenate([batch["id"] for batch in batches])
     want = [p.order(position, 30, 3) for position in range(60)]
-    assert ids.tolist() == [8 if i == 7 else i for i in want]
+    assert ids.tolist() == [26 if i == 7 else i for i in want]  # 19 on
     assert sum(batch["skipped"].sum() for batch in batches) == 2  # once an epoch
     batch = batches[0]
     types = {key: (value.dtype.name, value.shape) for key, value in batch.items()}

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from absl import flags
 
-from salcl_jax import checkpoint, evaluate, tasks
+from salcl_jax import checkpoint, cli, evaluate, tasks
 from salcl_jax import config as lib
 from salcl_jax.judge import Subject
 from salcl_jax.models.network import build
@@ -118,8 +118,12 @@ def test_the_tasks_chosen():
 
 @pytest.mark.parametrize("given", ["run", "run/checkpoints", "run/checkpoints/7"])
 def test_results_go_beside_the_run(tmp_path, given):
-    assert evaluate.out_folder(str(tmp_path / given), None) == str(tmp_path / "run" / "eval")
-    assert evaluate.out_folder(str(tmp_path / given), "elsewhere") == "elsewhere"
+    assert cli.eval_folder(str(tmp_path / given)) == str(tmp_path / "run" / "eval")
+
+
+def test_results_of_a_file_go_beside_it(tmp_path):
+    (tmp_path / "r50.pth").touch()
+    assert cli.eval_folder(str(tmp_path / "r50.pth")) == str(tmp_path / "r50-eval")
 
 
 def test_an_error_in_a_later_task_loses_nothing(tmp_path, monkeypatch):

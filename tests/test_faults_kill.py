@@ -72,7 +72,7 @@ def test_killed_in_the_middle(shared, fields, whole, tmp_path, fault_table):
     process.kill()
     assert process.wait() == -signal.SIGKILL
     lost = last_logged(tmp_path) - saved(tmp_path)
-    assert 0 <= lost <= EVERY + 1
+    assert 0 <= lost <= 2 * EVERY + 1  # the newest checkpoint may still have been on its way
     train(shared, CONFIG, tmp_path, **fields)
     check_equal(tmp_path, whole)
     fault_table(fault="SIGKILL while training", happened="continued, bit for bit", lost_steps=lost,

@@ -150,12 +150,15 @@ def test_broken_photos(shared, tmp_path):
     _, err = train(shared, "configs/folder.py:smoke,byol", run, 70, **fields)
     line = err.strip().splitlines()[-1]
     assert line.startswith("stopped: ") and "could not be read" in line and "config.data.max_skipped" in line
-    assert str(folder) in line
+    assert str(folder) in line and str(run / "skipped.jsonl") in line
 
     train(shared, "configs/folder.py:smoke,byol", run, **fields, data__max_skipped=0.5)
     # ten steps of 8 are two passes over 40 photos, 4 of them broken
     assert sum(line["train/skipped"] for line in metrics(run).values()) == 8
     assert summary(run)["skipped"] == 8 and list(metrics(run)) == [2, 4, 6, 8, 10]
+    listed = [json.loads(line) for line in (run / "skipped.jsonl").read_text().splitlines()]
+    assert sorted(row["file"] for row in listed) == [str(folder / f"{i}.jpg") for i in ("03", 13, 23, 33)]
+    assert summary(run)["skipped_photos"] == {"truncated": 4}
 
 
 def coco_example(tfds, rng, number):

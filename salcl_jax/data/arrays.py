@@ -16,12 +16,12 @@ from salcl_jax.data.files import stats
 
 def load(path: str) -> dict[str, np.ndarray]:
     """Column name -> array. Raises FileNotFoundError, or ValueError with the column's fault."""
-    if os.path.isdir(path):
-        columns = {n[:-4]: np.load(os.path.join(path, n), mmap_mode="r") for n in _names(path)}
-    elif os.path.isfile(path):
-        columns = _load_npz(path)
-    else:
+    if not os.path.exists(path):
         raise FileNotFoundError(f"{path!r}: no .npz file or folder of .npy files; set data.path")
+    try:
+        columns = _load_folder(path) if os.path.isdir(path) else _load_npz(path)
+    except Exception as error:  # numpy and zipfile raise a dozen types on damaged files
+        raise ValueError(f"{path}: cannot be read ({error}); write it with numpy.savez") from error
     image = columns.get("image")
     if image is None or image.dtype != np.uint8 or image.ndim != 4 or image.shape[-1] != 3:
         raise ValueError(f"{path}: needs a column image, uint8 [n, h, w, 3]")
@@ -44,14 +44,19 @@ def _names(folder: str) -> list[str]:
     return sorted(name for name in os.listdir(folder) if name.endswith(".npy"))
 
 
+def _load_folder(path: str) -> dict[str, np.ndarray]:
+    files = {name: os.path.join(path, name) for name in _names(path)}
+    return {n[:-4]: np.load(file, mmap_mode="r", allow_pickle=False) for n, file in files.items()}
+
+
 def _load_npz(path: str) -> dict[str, np.ndarray]:
     try:
         with zipfile.ZipFile(path) as archive:
             members = archive.infolist()
     except zipfile.BadZipFile as error:
-        raise ValueError(f"{path}: not an .npz file; write it with numpy.savez") from error
+        raise ValueError("not an .npz file") from error
     columns = {}
-    with np.load(path) as packed:
+    with np.load(path, allow_pickle=False) as packed:
         for member in members:
             name = member.filename.removesuffix(".npy")
             mapped = _map_member(path, member)

@@ -8,6 +8,8 @@ import numpy as np
 from PIL import Image
 
 Image.MAX_IMAGE_PIXELS = None  # data.max_pixels decides, from the header
+# Told by content, whatever a file is called. PIL reads more, some by starting other programs (EPS).
+FORMATS = ("JPEG", "PNG", "BMP", "GIF", "WEBP")
 REASONS = ("truncated", "not_image", "too_small", "too_large", "unreadable")
 WHOLE = (0.0, 0.0, 1.0, 1.0)
 _ORIENTATION = 0x0112
@@ -40,7 +42,7 @@ class Photo(NamedTuple):
 
 
 def decode(encoded: bytes, canvas: int, *, min_side: int = 0, max_pixels: int = 0) -> Photo:
-    """Decodes any photo PIL reads to upright 8-bit RGB.
+    """Decodes a photo of one of FORMATS to upright 8-bit RGB.
 
     A JPEG is decoded at the smallest of the scales 1, 1/2, 1/4, 1/8 whose sides are all >= canvas
     pixels. Sizes are checked on the header, before any pixel is decoded. max_pixels 0 = no limit.
@@ -67,7 +69,7 @@ def decode(encoded: bytes, canvas: int, *, min_side: int = 0, max_pixels: int = 
 
 def _open(encoded: bytes) -> Image.Image:
     try:
-        return Image.open(io.BytesIO(encoded))
+        return Image.open(io.BytesIO(encoded), formats=FORMATS)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise SkipImage("too_large") from error
     except Exception as error:

@@ -1,5 +1,6 @@
 """One photo of a source -> one example of a batch: canvas, its boxes and, on demand, its label map."""
 
+import functools
 import math
 from typing import Any
 
@@ -66,14 +67,14 @@ def load(
 ) -> Example:
     """One example of a batch, without the batch axis; fields as in its batches, `masks` with_mask.
 
-    An image that cannot be used is passed over for the next index, `tries` images at most.
+    An image that cannot be used is passed over for another, `tries` images at most, and noted.
     Raises Unusable (a ValueError) when none of them is readable.
     """
     # the window, not the photo, must come out at least as fine as the canvas
     fine = math.ceil(canvas / min(window[2] - window[0], window[3] - window[1]))
     reason = ""
     for skipped in range(min(tries, len(source))):
-        number = (index + skipped) % len(source)
+        number = (index + skipped * _stride(len(source))) % len(source)
         try:
             record = source.read(number)
             if "encoded" in record:
@@ -82,16 +83,26 @@ def load(
                 photo = from_array(record["image"])
         except (SkipImage, OSError) as error:  # OSError: the file went, or may not be read
             reason = getattr(error, "reason", "unreadable")
+            source.note(source.place(number), reason)
             continue
         example = _example(record, photo, number, skipped, canvas, window, max_boxes)
         if with_mask:
-            mask = masks.by_class(masks.decode(record.get("mask")), record.get("mask_classes"))
+            mask = masks.by_class(masks.decode(record.get("mask"), max_pixels), record.get("mask_classes"))
             example["masks"] = masks.to_canvas(mask, window, canvas)
         return example
     raise Unusable(
-        f"{source.name}: {min(tries, len(source))} images in a row from number {index} cannot be "
+        f"{source.name}: {min(tries, len(source))} images tried for number {index} cannot be "
         f"used (last: {reason}); check the files, data.min_side and data.max_pixels"
     )
+
+
+@functools.cache
+def _stride(n: int) -> int:
+    """Steps of it visit all n photos, each far from the last: broken photos often lie side by side.
+
+    Neighbours would be passed over anew by each photo before them, and 64 of them would end the run.
+    """
+    return next(k for k in range(max(1, round(0.618 * n)), 2 * n + 1) if math.gcd(k, n) == 1)
 
 
 def _example(record, photo, number, skipped, canvas, window, max_boxes) -> Example:

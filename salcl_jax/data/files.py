@@ -1,7 +1,9 @@
 """Files, local or gs://: listing folders, reading, finding listed names, sizes and times."""
 
+import errno
 import hashlib
 import os
+import stat
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -11,13 +13,42 @@ import numpy as np
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 
 
-def read_file(path: str) -> bytes:
-    if "://" in path:
-        import tensorflow as tf
+PHOTO_BYTES = 2**30  # no photo and no label map is larger
 
-        return tf.io.gfile.GFile(path, "rb").read()
-    with open(path, "rb") as file:
+
+def read_file(path: str, most: int | None = None) -> bytes:
+    """Content of a regular file of at most `most` bytes. Raises OSError, for buckets too."""
+    if "://" in path:
+        return _read_remote(path, most)
+    with open(path, "rb", opener=_open_regular) as file:
+        _refuse_large(path, os.fstat(file.fileno()).st_size, most)
         return file.read()
+
+
+def _read_remote(path: str, most: int | None) -> bytes:
+    import tensorflow as tf
+
+    try:
+        with tf.io.gfile.GFile(path, "rb") as file:
+            size = file.size()
+            _refuse_large(path, size, most)
+            return file.read(size)
+    except tf.errors.OpError as error:
+        raise OSError(errno.EIO, str(error).splitlines()[0], path) from error
+
+
+def _open_regular(path: str, flags: int) -> int:
+    """A pipe would be waited for, a device may never end."""
+    descriptor = os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
+    if stat.S_ISREG(os.fstat(descriptor).st_mode):
+        return descriptor
+    os.close(descriptor)
+    raise OSError(errno.EINVAL, "not a regular file", path)
+
+
+def _refuse_large(path: str, size: int, most: int | None) -> None:
+    if most is not None and size > most:
+        raise OSError(errno.EFBIG, f"{size:,} bytes, more than {most:,}", path)
 
 
 def read_text(path: str) -> str:
@@ -97,6 +128,11 @@ def locate(names: list[str], bases: tuple[str, ...], files: list[str], origin: s
             raise ValueError(f"{origin}: {name} is not below {' or '.join(bases)}; fix data.roots")
         found.append(path)
     return found
+
+
+def escapes(name: str) -> bool:
+    """Whether a name out of a file, taken below a folder, may lead out of that folder."""
+    return os.path.isabs(name) or "://" in name or os.path.normpath(name).split(os.sep)[0] == os.pardir
 
 
 def relative(path: str, roots: Sequence[str]) -> str:

@@ -11,7 +11,8 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image
 
-from salcl_jax.data.files import list_files, read_file, relative
+from salcl_jax.data.decode import FORMATS
+from salcl_jax.data.files import PHOTO_BYTES, list_files, read_file, relative
 
 VOID = 255
 
@@ -40,7 +41,7 @@ def find(folder: str, files: Sequence[str], roots: Sequence[str]) -> list[str | 
 
 def _check(path: str) -> None:
     try:
-        mode = Image.open(io.BytesIO(read_file(path))).mode
+        mode = Image.open(io.BytesIO(read_file(path, PHOTO_BYTES)), formats=FORMATS).mode
     except Exception:  # a damaged file counts as unknown where it is read
         return
     if mode not in ("1", "L", "P") and not mode.startswith("I"):
@@ -50,20 +51,24 @@ def _check(path: str) -> None:
 def read(path: str) -> dict[str, bytes]:
     """`mask` of an example, or nothing where the file went or may not be read."""
     try:
-        return {"mask": read_file(path)}
+        return {"mask": read_file(path, PHOTO_BYTES)}
     except OSError:
         return {}
 
 
-def decode(mask: bytes | np.ndarray | None) -> np.ndarray | None:
+def decode(mask: bytes | np.ndarray | None, max_pixels: int = 0) -> np.ndarray | None:
     """Encoded label map, array or nothing -> uint8 [h, w]; None where it cannot be known.
 
-    The numbers as they are stored, a palette's colours are not looked at; above VOID they are VOID.
+    The numbers as they are stored, a palette's colours are not looked at; above VOID they are VOID. A map
+    of more than max_pixels is not decoded; 0 = no limit.
     """
     if mask is None or isinstance(mask, np.ndarray):
         return mask
     try:
-        values = np.asarray(Image.open(io.BytesIO(mask)))
+        image = Image.open(io.BytesIO(mask), formats=FORMATS)
+        if max_pixels and image.width * image.height > max_pixels:
+            return None
+        values = np.asarray(image)
     except Exception:  # PIL's plugins raise a dozen types on damaged files
         return None
     if values.ndim != 2 or values.dtype.kind not in "bui":

@@ -47,6 +47,7 @@ class _RemoteFile:
         import tensorflow as tf
 
         self.size = tf.io.gfile.stat(path).length
+        self._error = tf.errors.OpError
         self._open = lambda: tf.io.gfile.GFile(path, "rb")
         self._idle: deque = deque(maxlen=_IDLE_HANDLES)  # a handle has a position: one reader at a time
 
@@ -55,8 +56,11 @@ class _RemoteFile:
             file = self._idle.pop()
         except IndexError:
             file = self._open()
-        file.seek(offset)
-        data = file.read(length)
+        try:
+            file.seek(offset)
+            data = file.read(length)
+        except self._error as error:
+            raise OSError(str(error).splitlines()[0]) from error
         self._idle.append(file)  # not after an error: that handle is dropped
         return data
 
@@ -159,6 +163,10 @@ class Reader:
             if len(self._files) > _OPEN_FILES:
                 self._files.popitem(last=False)
             return file
+
+    def place(self, i: int) -> str:
+        """File of record i and the position of its data in it."""
+        return f"{self._index.paths[self._index.shard[i]]} at byte {self._index.offset[i]}"
 
     def __call__(self, i: int) -> bytes:
         shard, length = int(self._index.shard[i]), int(self._index.length[i])

@@ -8,10 +8,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from salcl_jax.data.files import read_file
+from salcl_jax.data.files import PHOTO_BYTES, read_file
 from salcl_jax.data.masks import decode
 from salcl_jax.data.scenes import mask_boxes
 
+MAX_PIXELS = 2**26  # larger maps are not read
 MIN_AREA = 0.01  # of the photo's pixels
 MAX_BORDER = 0.05  # of the pixels along the photo's border: an object may stand on its lower edge
 
@@ -51,6 +52,6 @@ def read(paths: Sequence[str]) -> dict[str, np.ndarray]:
 
 def _read(path: str) -> np.ndarray | None:
     try:
-        return decode(read_file(path))
+        return decode(read_file(path, PHOTO_BYTES), MAX_PIXELS)
     except OSError:
         return None

@@ -30,6 +30,9 @@ class Source:
 
     digest() -> hex string that changes when the examples do: names, sizes, times of files and what
     is told about them, wherever the folders lie.
+
+    place(i) -> where photo i lies, for people: a path, or a file and the place in it. note(place, reason)
+    is told of each photo that cannot be used, from several threads.
     """
 
     name: str
@@ -41,6 +44,8 @@ class Source:
     has_boxes: bool = False
     has_masks: bool = False
     digest: Callable[[], str] = dataclasses.field(default_factory=_of_its_own)
+    place: Callable[[int], str] = "number {}".format
+    note: Callable[[str, str], None] = lambda place, reason: None
 
     def __len__(self) -> int:
         return self.size
@@ -145,7 +150,7 @@ def _folder(spec: Mapping[str, Any]) -> Source:
     maps = masks.find(folder, paths, roots) if folder else [None] * len(paths)
 
     def read(i: int) -> dict[str, Any]:
-        example = {"encoded": files.read_file(paths[i])}
+        example = {"encoded": files.read_file(paths[i], files.PHOTO_BYTES)}
         example |= {key: column[i] for key, column in columns.items()}
         if "segments" in example:
             example |= regions.read(example.pop("segments"))
@@ -165,7 +170,7 @@ def _folder(spec: Mapping[str, Any]) -> Source:
     has_regions = "segments" in columns
     has = "label" in columns, "boxes" in columns or has_regions, bool(folder) or has_regions
     digest = functools.cache(lambda: files.digest(parts()))
-    return Source("+".join(roots), "folder", names, len(paths), read, *has, digest)
+    return Source("+".join(roots), "folder", names, len(paths), read, *has, digest, paths.__getitem__)
 
 
 def _table(spec: Mapping[str, Any], roots: tuple[str, ...], folder: str) -> tables.Table:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from salcl_jax.data.files import locate, read_text, stats
+from salcl_jax.data.files import escapes, locate, read_text, stats
 
 _SHOWN = 12  # values a message lists
 
@@ -114,7 +114,7 @@ def labels(path: str, roots: tuple[str, ...], files: list[str], where: Sequence[
 def segmentations(
     path: str, roots: tuple[str, ...], files: list[str], where: Sequence[tuple[str, str]]
 ) -> Table:
-    """Rows of a CSV file with columns file and segment_files (blank-separated, from its folder)."""
+    """Rows of a CSV file with columns file and segment_files (blank-separated, below its folder)."""
     rows = _rows(path, ("file", "segment_files"), where)
     rows = [rows[i] for i in _choose(rows, where, path)]
     home = os.path.dirname(path)
@@ -123,6 +123,9 @@ def segmentations(
     bare = next((row["file"] for row, m in zip(rows, maps, strict=True) if not m), None)
     if bare is not None:
         raise ValueError(f"{path}: {bare} has no segment_files; name one at least or drop the row")
+    out = next((m for row in rows for m in row["segment_files"].split() if escapes(m)), None)
+    if out is not None:
+        raise ValueError(f"{path}: segment file {out} is not below {home or '.'}; name files below it")
     if stats(maps[0][:1]) == [(-1, -1)]:  # of the others, files that are missing are passed over
         raise FileNotFoundError(f"{path}: {maps[0][0]} of {rows[0]['file']}: no such file; check its folder")
     return Table(found, {"segments": maps}, ("region",))

@@ -84,13 +84,20 @@ def open_builder(builder: Any, split: str, kind: str = "tfds") -> Source:
         known = ", ".join(builder.info.splits)
         raise ValueError(f"{name}: no such split; it has {known}") from error
     shards = [(os.fspath(file.filename), file.skip, file.take) for file in parts]
-    fetch, size = _fetcher(shards, str(builder.info.file_format.value), name)
+    fetch, size, place = _fetcher(shards, str(builder.info.file_format.value), name)
     has_labels = "label" in features
     has_boxes = "objects" in features and "bbox" in features["objects"]
     has = has_labels, has_boxes, "instances" in features and _is_map(features["instances"])
     parse = _parser(*has)
     digest = functools.cache(lambda: files.digest((name, _identity(shards))))
-    return Source(name, kind, _class_names(features), size, lambda i: parse(fetch(i)), *has, digest)
+
+    def read(i: int) -> dict[str, Any]:
+        try:
+            return parse(fetch(i))
+        except Exception as error:  # of the checksum, the format's readers and protobuf
+            raise OSError(f"{place(i)}: {error}") from error
+
+    return Source(name, kind, _class_names(features), size, read, *has, digest, place)
 
 
 def _is_map(feature: Any) -> bool:
@@ -110,16 +117,17 @@ def _identity(shards: list) -> list[tuple]:
     ]
 
 
-def _fetcher(shards: list, file_format: str, name: str) -> tuple[Callable[[int], bytes], int]:
+def _fetcher(shards: list, file_format: str, name: str) -> tuple[Callable, int, Callable[[int], str]]:
+    """Functions number -> record and number -> where it lies, and the number of records."""
     if file_format == "tfrecord":
         reader = records.Reader(records.build_index(shards))
-        return reader, len(reader)
+        return reader, len(reader), reader.place
     if file_format == "array_record":
         from array_record.python.array_record_data_source import ArrayRecordDataSource
 
         parts = [f"{path}[{skip}:{skip + take}]" for path, skip, take in shards if take]
         reader = ArrayRecordDataSource(parts)
-        return reader.__getitem__, len(reader)
+        return reader.__getitem__, len(reader), (name + " record {}").format
     raise ValueError(
         f"{name}: files are {file_format}; run `tfds convert_format` with "
         "--out_file_format=tfrecord on them"

@@ -1,0 +1,1 @@
+"""Weights in and out: names and memory layouts of other packages, their files, and what goes with them."""
