@@ -113,7 +113,8 @@ class _LineFile:
 
     def append(self, line: str) -> None:
         if not self._remote:
-            with self._path.open("r+") as file:  # not made anew: a workdir that vanished is an error
+            # Not made anew: orbax may have made the folder of a workdir that vanished again.
+            with open(self._path, "r+", encoding="utf-8") as file:
                 file.seek(0, io.SEEK_END)
                 file.write(line + "\n")
             return
