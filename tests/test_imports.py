@@ -16,10 +16,12 @@ UPPER = {  # programs: nothing below knows them
 }
 # Who reads or checks fields by name, and who defines them.
 CONFIG = {
-    "main.py", "evaluate.py", "compile.py", "study.py", "study_plan.py", "api.py", "aot.py", "cli.py", "train.py",
-    "validation.py", "config.py",
+    "main.py", "evaluate.py", "compile.py", "study.py", "study_plan.py", "api.py", "aot.py", "cli.py",
+    "train.py", "validation.py", "config.py",
 }  # fmt: skip
-PROGRAMS = ["main.py", "evaluate.py", "compile.py", "study.py", "saliency.py", "export.py", "bench/__main__.py"]
+PROGRAMS = [
+    "main.py", "evaluate.py", "compile.py", "study.py", "saliency.py", "export.py", "bench/__main__.py",
+]  # fmt: skip
 FIELDS = {"config.py", "config_source.py", "config_tasks.py"}
 
 
