@@ -85,8 +85,9 @@ def _part(source: Source, n: int) -> Source:
     """n photos spread evenly over the source; some several times where it has fewer."""
     whole = len(source)
     return dataclasses.replace(
-        source, size=n, read=lambda i: source.read(i * whole // n), place=lambda i: source.place(i * whole // n)
-    )
+        source, size=n,
+        read=lambda i: source.read(i * whole // n), place=lambda i: source.place(i * whole // n),
+    )  # fmt: skip
 
 
 def _round(config, source, size, available, ways, kept) -> dict[str, Any]:
