@@ -153,7 +153,8 @@ def _run_all(study: study_plan.Study, workdir: Path) -> int:
             if told():
                 waiting.clear()
             for run, code in ended():
-                cli.say(f"{run.name}: {'done' if code == 0 else f'ended with {code}, see its log.txt'}")
+                how = "done" if code == 0 else f"ended with {code}, see logs/{run.name}.txt"
+                cli.say(f"{run.name}: {how}")
                 failed += [run] if code not in (0, peers.AGAIN) else []
                 stopped |= code == peers.AGAIN
                 if code == 0:

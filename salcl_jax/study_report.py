@@ -70,8 +70,8 @@ def table(study: Any, rows: list[dict]) -> str:
     base = [r for r in rows if r["row"] == study.baseline]
     head = ["", "seeds", "steps", "FLOPs", *study.figures.values()]
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
-    if any(r["untrained"] for r in rows):
-        cells = [_cell(mean_of(_values(rows, f, "untrained")), None) for f in study.figures]
+    if any(r["untrained"] for r in base):  # of the baseline: one untrained network a seed
+        cells = [_cell(mean_of(_values(base, f, "untrained")), None) for f in study.figures]
         lines.append("| untrained | | | | " + " | ".join(cells) + " |")
     cost = _cost(base[0]) if base else math.nan
     for name in names:

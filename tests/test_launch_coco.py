@@ -40,7 +40,7 @@ def test_photos_boxes_and_classes_arrive(tmp_path):
     spec = importlib.util.spec_from_file_location("prepare_data", SCRIPT.with_name("prepare_data.py"))
     prepare_data = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(prepare_data)
-    place = (f"{tmp_path}/out", f"{tmp_path}/work", None)
+    place = (f"{tmp_path}/out", f"{tmp_path}/scratch", None)
     prepare_data.build("coco/2017", ["train=3", "validation=3"], *place)  # there already: only counted
     with pytest.raises(SystemExit, match="3 images instead of 5000; delete .*/out/coco/2017"):
         prepare_data.build("coco/2017", ["train=3", "validation=5000"], *place)

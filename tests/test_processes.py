@@ -134,6 +134,7 @@ def check_continues(shared, workdir, straight):
     assert record(workdir, 48) == record(straight, 48)
 
 
+@pytest.mark.fault
 @pytest.mark.parametrize("goes_on", [False, pytest.param(True, marks=slow)])
 def test_sigterm_to_one_of_two_saves_in_both(shared, runs, tmp_path, goes_on):
     processes = start(shared, 2, tmp_path, LONG)
@@ -147,6 +148,7 @@ def test_sigterm_to_one_of_two_saves_in_both(shared, runs, tmp_path, goes_on):
         check_continues(shared, tmp_path, runs("long")[0])
 
 
+@pytest.mark.fault
 @pytest.mark.parametrize("victim, how, goes_on", [
     (1, signal.SIGKILL, False), pytest.param(1, signal.SIGKILL, True, marks=slow),
     pytest.param(0, signal.SIGKILL, True, marks=slow), pytest.param(1, signal.SIGSTOP, True, marks=slow),

@@ -144,10 +144,10 @@ def test_the_table_says_what_was_found():
     for name, found in changes.items():
         rows += [row(name, s, **{"knn/top1": 0.4 + s / 100 + found[s]}) for s in range(3)]
     for one in rows:
-        one["untrained"] = {"knn/top1": 0.25}
+        one["untrained"] = {"knn/top1": 0.25 + one["seed"] / 100}  # the same for all rows of a seed
     plan = study(rows=dict.fromkeys(("byol", "guided", "random", "absent"), lib.plain_byol))
     lines = study_report.table(plan, rows).splitlines()
-    assert lines[2] == "| untrained | | | | 25.0 ± 0.0 |"
+    assert lines[2] == "| untrained | | | | 26.0 ± 0.6 |"
     assert lines[3] == "| byol | 3 | 10 | 1.00 | 41.0 ± 0.6 |"
     assert lines[4] == "| guided | 3 | 10 | 1.20 | 44.0 ± 1.2 (**+3.0 ± 0.6**) |"
     assert lines[5].endswith("(+1.3 ± 1.9) |") and len(lines) == 6

@@ -78,6 +78,7 @@ def whole(shared, columns):
     return shared / "whole", fields
 
 
+@pytest.mark.fault
 def test_interrupted_and_continued_equals_uninterrupted(shared, whole, tmp_path):
     straight, fields = whole
     process = start(shared, "configs/folder.py:smoke", tmp_path, **fields)
@@ -124,6 +125,7 @@ def test_starting_from_another_run_and_a_forced_collapse(shared, whole, tmp_path
     assert summary(tmp_path)["collapse_alarm"] is True
 
 
+@pytest.mark.fault
 def test_a_loss_that_is_not_finite(shared, columns, tmp_path):
     fields = arrays(columns, total_steps=20, log__every=1, optim__lr=1e30)
     _, err = train(shared, "configs/folder.py:smoke,byol", tmp_path, 70, **fields)
