@@ -187,12 +187,35 @@ def test_arrays_from_every_form(tmp_path, form):
     assert source.class_names == ("a", "b", "c", "d", "e")
 
 
-def test_stored_arrays_are_mapped_not_read(tmp_path):
+@pytest.mark.parametrize("form", ["npz", "folder"])
+def test_large_columns_stay_in_their_file(tmp_path, form):
     from salcl_jax.data import arrays
 
-    np.savez(tmp_path / "data.npz", image=np.zeros((4, 8, 8, 3), np.uint8), label=np.arange(4))
-    columns = arrays.load(str(tmp_path / "data.npz"))
-    assert all(isinstance(column, np.memmap) for column in columns.values())
+    path, image = tmp_path / "data", np.arange(4 * 8 * 8 * 3, dtype=np.uint8).reshape(4, 8, 8, 3)
+    if form == "npz":
+        path = tmp_path / "data.npz"
+        np.savez(path, image=image, label=np.arange(4))
+    else:
+        path.mkdir()
+        np.save(path / "image.npy", image)
+        np.save(path / "label.npy", np.arange(4))
+    columns = arrays.load(str(path))
+    assert isinstance(columns["image"], arrays.Rows) and columns["label"].tolist() == [0, 1, 2, 3]
+    np.testing.assert_array_equal(list(columns["image"]), image)
+    file = path if form == "npz" else path / "image.npy"
+    os.truncate(file, columns["image"].start + 2 * 192 + 5)  # shrinks under the reader: no signal ends it
+    np.testing.assert_array_equal(columns["image"][1], image[1])
+    with pytest.raises(OSError, match="ends before row 2"):
+        columns["image"][2]
+    with pytest.raises(IndexError):
+        columns["image"][-1]
+    with pytest.raises(ValueError, match="cannot be read"):
+        arrays.load(str(path))
+
+
+def test_arrays_of_another_shape_are_refused(tmp_path):
+    from salcl_jax.data import arrays
+
     np.savez(tmp_path / "bad.npz", image=np.zeros((4, 8, 8, 3), np.float32))
     with pytest.raises(ValueError, match="column image, uint8"):
         arrays.load(str(tmp_path / "bad.npz"))

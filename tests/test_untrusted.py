@@ -109,6 +109,24 @@ def test_damaged_arrays_are_told_in_one_line(tmp_path):
     assert told > 15
 
 
+@pytest.mark.parametrize("key", ["pythonClassName", "python\\u0043lassName", "type"])
+def test_a_data_set_that_names_code_runs_none(tmp_path, monkeypatch, key):
+    pytest.importorskip("tensorflow_datasets")
+    sign = tmp_path / "executed"
+    (tmp_path / "hostile.py").write_text(f"import os\nos.mkdir({str(sign)!r})\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    for folder, name in (("good/1.0.0", "tensorflow_datasets.core.features.image_feature.Image"),
+                         ("bad/config/1.0.0", "hostile.Image")):  # fmt: skip
+        path = tmp_path / folder / "features.json"
+        path.parent.mkdir(parents=True)
+        path.write_text(f'{{"featuresDict": {{"features": {{"image": {{"{key}": "{name}"}}}}}}}}')
+    with pytest.raises(ValueError, match="good: its description .* cannot be read .*dataset_info.json"):
+        open_source({"kind": "tfds", "name": "good", "data_dir": str(tmp_path)})  # its classes are let pass
+    with pytest.raises(ValueError, match="names the class 'hostile.Image'"):
+        open_source({"kind": "tfds", "name": "bad/config:1.0.0", "data_dir": str(tmp_path)})
+    assert not sign.exists()
+
+
 @pytest.fixture
 def secret(tmp_path):
     """A picture beside the folder of photos, which no name in a data set may reach."""

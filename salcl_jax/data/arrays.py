@@ -1,10 +1,11 @@
-"""Columns of numpy arrays: an .npz file or a folder of .npy files, memory-mapped when they can be.
+"""Columns of numpy arrays: an .npz file or a folder of .npy files; images and masks are read row by row.
 
 `image` is uint8 [n, s, s, 3]; optional: `label` [n], `boxes` [n, k, 4] (zero rows = padding),
 `classes` [n, k], `class_names` [c], `mask` uint8 [n, h, w] (0 background, 255 unknown, else a class
 or the number of an object).
 """
 
+import dataclasses
 import os
 import struct
 import zipfile
@@ -13,8 +14,39 @@ import numpy as np
 
 from salcl_jax.data.files import stats
 
+_LARGE = ("image", "mask")  # columns that may be larger than the memory
 
-def load(path: str) -> dict[str, np.ndarray]:
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """An array in a file. Rows are read, not mapped: a mapped file that shrinks kills the process."""
+
+    path: str
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    start: int  # of the first row, in bytes
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    def __getitem__(self, i: int) -> np.ndarray:
+        """Row i. Raises IndexError, and OSError where the file ends before it."""
+        if not 0 <= i < len(self):
+            raise IndexError(f"{self.path}: no row {i} of {len(self)}")
+        size = self.dtype.itemsize * int(np.prod(self.shape[1:]))
+        with open(self.path, "rb") as file:
+            file.seek(self.start + i * size)
+            row = file.read(size)
+        if len(row) < size:
+            raise OSError(f"{self.path}: ends before row {i}")
+        return np.frombuffer(row, self.dtype).reshape(self.shape[1:])
+
+
+def load(path: str) -> dict[str, np.ndarray | Rows]:
     """Column name -> array. Raises FileNotFoundError, or ValueError with the column's fault."""
     if not os.path.exists(path):
         raise FileNotFoundError(f"{path!r}: no .npz file or folder of .npy files; set data.path")
@@ -44,12 +76,16 @@ def _names(folder: str) -> list[str]:
     return sorted(name for name in os.listdir(folder) if name.endswith(".npy"))
 
 
-def _load_folder(path: str) -> dict[str, np.ndarray]:
-    files = {name: os.path.join(path, name) for name in _names(path)}
-    return {n[:-4]: np.load(file, mmap_mode="r", allow_pickle=False) for n, file in files.items()}
+def _load_folder(path: str) -> dict[str, np.ndarray | Rows]:
+    columns = {}
+    for name in _names(path):
+        file = os.path.join(path, name)
+        rows = _rows(file, 0) if name[:-4] in _LARGE else None
+        columns[name[:-4]] = np.load(file, allow_pickle=False) if rows is None else rows
+    return columns
 
 
-def _load_npz(path: str) -> dict[str, np.ndarray]:
+def _load_npz(path: str) -> dict[str, np.ndarray | Rows]:
     try:
         with zipfile.ZipFile(path) as archive:
             members = archive.infolist()
@@ -59,24 +95,32 @@ def _load_npz(path: str) -> dict[str, np.ndarray]:
     with np.load(path, allow_pickle=False) as packed:
         for member in members:
             name = member.filename.removesuffix(".npy")
-            mapped = _map_member(path, member)
-            columns[name] = packed[name] if mapped is None else mapped
+            rows = _stored(path, member) if name in _LARGE else None
+            columns[name] = packed[name] if rows is None else rows
     return columns
 
 
-def _map_member(path: str, member: zipfile.ZipInfo) -> np.ndarray | None:
-    """Memory map of a stored (not compressed) member; None where it must be read instead."""
+def _stored(path: str, member: zipfile.ZipInfo) -> Rows | None:
+    """Rows of a stored (not compressed) member; None where it must be read whole."""
     if member.compress_type != zipfile.ZIP_STORED:
         return None
     with open(path, "rb") as file:
         file.seek(member.header_offset)
         local = file.read(30)  # zip local header: name and extra lengths are its last two fields
-        file.seek(sum(struct.unpack("<HH", local[26:30])), os.SEEK_CUR)
+    return _rows(path, member.header_offset + 30 + sum(struct.unpack("<HH", local[26:30])))
+
+
+def _rows(path: str, start: int) -> Rows | None:
+    """Rows of the array that begins at this byte of a file; None where they do not lie in order."""
+    with open(path, "rb") as file:
+        file.seek(start)
         version = np.lib.format.read_magic(file)
         reader = np.lib.format.read_array_header_1_0
         if version >= (2, 0):
             reader = np.lib.format.read_array_header_2_0
         shape, fortran, dtype = reader(file)
-        if fortran or dtype.hasobject or 0 in shape:
+        if fortran or dtype.hasobject or 0 in shape or not shape:
             return None
-        return np.memmap(path, dtype, "r", file.tell(), shape)
+        rows = Rows(path, dtype, shape, file.tell())
+    rows[len(rows) - 1]  # a file that is too short is told now
+    return rows

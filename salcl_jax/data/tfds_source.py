@@ -2,11 +2,14 @@
 
 import functools
 import importlib.util
+import itertools
+import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
+from etils import epath
 
 from salcl_jax.data import files, records, scenes
 from salcl_jax.data.sources import Source
@@ -28,19 +31,42 @@ def open_prepared(name: str, split: str, data_dir: str | None) -> Source:
         raise ValueError(f"{name}: needs `pip install tensorflow-cpu tensorflow-datasets`")
     import tensorflow_datasets as tfds
 
+    where = os.path.expanduser(data_dir or tfds.core.constants.DATA_DIR)
     try:
+        _check_features(epath.Path(where) / name.split(":")[0])
         builder = tfds.builder(name, data_dir=data_dir, try_gcs=False)
         prepared = builder.is_prepared()
     except tfds.core.DatasetNotFoundError:
         prepared = False
+    except Exception as error:  # tfds, json and protobuf raise a dozen types on damaged files
+        reason = " ".join(str(error).split())
+        message = f"{name}: its description in {where} cannot be read ({reason}); prepare it again"
+        raise ValueError(message) from error
     if not prepared:
-        where = os.path.expanduser(data_dir or tfds.core.constants.DATA_DIR)
         raise FileNotFoundError(
             f"{name}: not prepared in {where}; run `tfds build {name} --data_dir={where}` there "
             "(coco and imagenet: launch/prepare_data.sh), "
             "or set data.data_dir"
         )
     return open_builder(builder, split)
+
+
+def _check_features(folder: epath.Path) -> None:
+    """Raise ValueError where a data set names feature classes of other packages: tfds would import them."""
+    for path in [*folder.glob("*/features.json"), *folder.glob("*/*/features.json")]:
+        for name in _classes(json.loads(path.read_text())):
+            if "." in name and not name.startswith("tensorflow_datasets."):
+                raise ValueError(f"{path}: names the class {name!r}, which is not one of tensorflow-datasets")
+
+
+def _classes(value: Any) -> Iterator[str]:
+    """Names of classes anywhere in a features.json, in its present and its former form."""
+    if isinstance(value, list):
+        yield from itertools.chain.from_iterable(map(_classes, value))
+    if isinstance(value, dict):
+        for key, part in value.items():
+            named = key in ("pythonClassName", "python_class_name", "type") and isinstance(part, str)
+            yield from [part] if named else _classes(part)
 
 
 def open_scenes(dials: Mapping[str, Any], split: str, data_dir: str | None) -> Source:
