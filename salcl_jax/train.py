@@ -1,48 +1,27 @@
-"""A run: data, state, loop, and what it leaves in the workdir. All side effects are here or below.
-
-`train` reads top to bottom: open, restore or initialise, loop, close.
-"""
+"""A run from its start to its end: sources, state, workdir, and the loop between (`loop.py`)."""
 
 import contextlib
 import os
-import time
 from collections.abc import Iterator
 from typing import Any
 
 import jax
-import numpy as np
 
 from salcl_jax import checkpoint, peers, sharding
 from salcl_jax import config as config_lib
-from salcl_jax.data.pipeline import train_batches
 from salcl_jax.data.sources import Source, open_source
-from salcl_jax.evaluators import HEADLINES, online
 from salcl_jax.feature_cache import user_folder
+from salcl_jax.loop import FAILED, Run, Stopped, new_history
 from salcl_jax.models.network import Network, build, parameter_table
-from salcl_jax.panels import make_panel
 from salcl_jax.skipped import Skipped
-from salcl_jax.termination import watch_for_termination
-from salcl_jax.train_step import make_init, make_train_step
-from salcl_jax.types import HostBatch, TrainState
+from salcl_jax.train_step import make_init
+from salcl_jax.types import TrainState
 from salcl_jax.validation import validate
 from salcl_jax.weights import files, incoming
 from salcl_jax.workdir import alone, check_nothing_lost
-from salcl_jax.writer import Progress, Writer
-
-PREEMPTED = peers.AGAIN  # exit code: saved and left, start again to continue
-FAILED = 70  # exit code: non-finite loss, or too many unreadable images
+from salcl_jax.writer import Writer
 
 PROBE_NEEDS = {"image": "labels", "object": "boxes"}
-# What the summary needs beside the state: figures of the evaluations, steps not yet logged, totals.
-NO_HISTORY = {"untrained": {}, "final": {}, "seconds": 0.0, "rate": 0.0, "seen": 0, "skipped": 0, "below": 0}
-
-
-class Stopped(Exception):
-    """The run ended early on purpose; `code` is the exit code, the message one line for the user."""
-
-    def __init__(self, message: str, code: int):
-        super().__init__(message)
-        self.code = code
 
 
 def train(config: Any, workdir: str) -> dict:
@@ -70,12 +49,12 @@ def train(config: Any, workdir: str) -> dict:
             print(_describe(config, state), flush=True)
         with (
             Skipped(workdir, process=jax.process_index(), resume=start > 0) as skipped,
-            Writer(workdir, tensorboard=config.log.tensorboard, is_main=main, resume_step=start) as writer,
+            _writer(config, workdir, main, start) as writer,
         ):
             sources = {name: skipped.watch(source) for name, source in sources.items()}
             writer.config(config.to_dict())
             with _user_errors():
-                run = _Run(config, network, mesh, sources, saved, writer, skipped, history, start)
+                run = Run(config, network, mesh, sources, saved, writer, skipped, history, start)
             summary = run.loop(state)
             writer.summary(summary)
     return summary if main else {}
@@ -148,7 +127,7 @@ def _restore_or_init(
     """
     init = make_init(network, config)
     shapes = jax.eval_shape(init)
-    places = state_places(config, shapes, mesh)
+    places = sharding.state_sharding(shapes, mesh, **config.sharding)
     restored = saved.restore(checkpoint.abstract_like(shapes, places))
     fields = config_lib.learnt_fields(config)
     if restored:
@@ -159,11 +138,11 @@ def _restore_or_init(
                 f"{saved.directory} holds a run with other settings ({'; '.join(changed[:4])}): use "
                 "another --workdir, or start from its weights with --config.init_from"
             )
-        return state, _no_history() | extra["history"], step
+        return state, new_history() | extra["history"], step
     state = jax.jit(init, out_shardings=places)()
     if config.init_from:
         state = incoming.put(state, _weights(config, shapes), places)
-    return state, _no_history(), 0
+    return state, new_history(), 0
 
 
 def _weights(config: Any, shapes: TrainState) -> dict:
@@ -177,22 +156,17 @@ def _weights(config: Any, shapes: TrainState) -> dict:
     return found.trees
 
 
-def _no_history() -> dict:
-    return NO_HISTORY | {"interval": []}
-
-
-def state_places(config: Any, state: TrainState, mesh: jax.sharding.Mesh) -> TrainState:
-    """Shardings of a state's leaves as the configuration asks for them."""
-    c = config.sharding
-    return sharding.state_sharding(state, mesh, params=c.params, min_size=c.min_size)
-
-
 def _checkpointer(config: Any, workdir: str) -> checkpoint.Checkpointer:
     c, r = config.checkpoint, config.resolved
     return checkpoint.Checkpointer(
         os.path.join(workdir, "checkpoints"), every_steps=r.checkpoint_every, keep=c.keep,
         keep_every=r.keep_every, asynchronous=c.asynchronous,
     )  # fmt: skip
+
+
+def _writer(config: Any, workdir: str, main: bool, start: int) -> Writer:
+    c = config.log
+    return Writer(workdir, tensorboard=c.tensorboard, trackers=c.trackers, is_main=main, resume_step=start)
 
 
 def use_compilation_cache() -> None:
@@ -204,182 +178,3 @@ def use_compilation_cache() -> None:
 
 def _describe(config: Any, state: TrainState) -> str:
     return f"{config}\n{parameter_table(state.params)}"
-
-
-class _Run:
-    """The loop's working set; one object a run."""
-
-    def __init__(self, config, network, mesh, sources, saved, writer, skipped, history, start):
-        self.config, self.mesh, self.sources, self.skipped = config, mesh, sources, skipped
-        self.saved, self.writer, self.history, self.start = saved, writer, history, start
-        self.total = config.resolved.total_steps
-        self.evaluate = online.make_evaluation(network, config, mesh, sources)
-        self.panel = make_panel(network, config, mesh, sources)
-        places = state_places(config, jax.eval_shape(make_init(network, config)), mesh)
-        self.step = sharding.jit_step(make_train_step(network, config), places, mesh)
-        self.progress = Progress(
-            self.total, start=start, images_per_step=config.batch_size, log_every=config.log.every,
-            is_main=jax.process_index() == 0,
-        )  # fmt: skip
-        self.clock = time.monotonic()
-        self.alarm = Alarm(config.collapse.threshold, config.collapse.patience, history["below"])
-
-    def loop(self, state: TrainState) -> dict:
-        """Train to the last step; returns the summary."""
-        batches = host_batches(self.config, self.sources["train"], self.start)
-        batches = sharding.prefetch_to_device(batches, self.mesh)
-        pending = None
-        with watch_for_termination() as told, self.progress:
-            if self.start == 0:
-                self.history["untrained"] = self._evaluate(0, state)
-                self._draw(0, state)
-            for step in range(self.start + 1, self.total + 1):
-                batch, waited = _next(batches)
-                state, measured = self.step(state, batch)
-                if pending:  # read one step late: the device is never waited for
-                    self._record(*pending, state)
-                pending = (step, measured, waited)
-                if self._due(step):
-                    self._record(*pending, state)
-                    pending = None
-                    self._at(step, state)
-                if told() or self.saved.reached_preemption(step):
-                    if pending:
-                        self._record(*pending, state)
-                    self._save(step, state, force=True)
-                    raise Stopped(f"told to terminate: saved step {step}; start again to continue", PREEMPTED)
-        self.saved.wait()
-        return self._summary()
-
-    def _due(self, step: int) -> bool:
-        r = self.config.resolved
-        every = (self.config.log.every, r.checkpoint_every, r.eval_every, r.panels_every)
-        return step in (1, self.total) or any(step % n == 0 for n in every)
-
-    def _at(self, step: int, state: TrainState) -> None:
-        """Everything that happens at chosen steps: lines of metrics, evaluation, pictures, checkpoint."""
-        r, last = self.config.resolved, step == self.total
-        if step % self.config.log.every == 0 or last:
-            self._log(step, state)
-        if step % r.eval_every == 0 or last:
-            self.history["final"] = self._evaluate(step, state)
-        if step % r.panels_every == 0 or last:
-            self._draw(step, state)
-        self._save(step, state, force=step == 1 or last)  # a save that fails shall fail at once
-
-    def _record(self, step: int, measured: dict, waited: float, state: TrainState) -> None:
-        """Take in one step's figures; stops the run when they are not finite."""
-        figures = {name: float(value) for name, value in jax.device_get(measured).items()}
-        if not figures["finite"]:
-            self.progress.message(f"step {step}: loss {figures['loss']}, gradient {figures['grad_norm']}")
-            good = state._replace(failed=jax.numpy.zeros_like(state.failed))
-            self._save(step - 1, good, force=True)
-            raise Stopped(
-                f"loss or gradient not finite at step {step}: step {step - 1} is saved; go on in a new "
-                "--workdir with --config.init_from=THIS_WORKDIR and a lower config.optim.lr", FAILED,
-            )  # fmt: skip
-        if self.alarm.update(figures["spread"]):
-            self.progress.message(
-                f"step {step}: COLLAPSE ALARM: projections of different images are nearly alike (spread "
-                f"{figures['spread']:.3f} < {self.alarm.threshold} for {self.alarm.patience} steps)"
-            )
-        self.history["below"] = self.alarm.below
-        self.history["interval"].append(figures | {"data_wait": waited})
-        self.progress.update(step, figures["loss"])
-
-    def _log(self, step: int, state: TrainState) -> None:
-        rows, self.history["interval"] = self.history["interval"], []
-        means = {f"train/{name}": float(np.mean([row[name] for row in rows])) for name in rows[0]}
-        skipped, seen = sum(row["skipped"] for row in rows), len(rows) * self.config.batch_size
-        means.pop("train/finite")
-        means["train/skipped"] = skipped
-        means["train/images_per_second"] = self.history["rate"] = self.progress.images_per_second
-        means["alarm/collapse"] = float(self.alarm.raised)
-        self.writer.scalars(step, means)
-        self.history["skipped"] += skipped
-        self.history["seen"] += seen
-        share = self.history["skipped"] / (self.history["skipped"] + self.history["seen"])
-        if share > self.config.data.max_skipped:
-            self._save(step, state, force=True)
-            reasons = ", ".join(f"{reason} {count}" for reason, count in self.skipped.reasons().items())
-            raise Stopped(
-                f"{self.history['skipped']:.0f} images could not be read, {100 * share:.1f} % of all so far "
-                f"(listed in {self.skipped.path}: {reasons}): mend {self.sources['train'].name} or raise "
-                f"config.data.max_skipped (now {self.config.data.max_skipped})", FAILED,
-            )  # fmt: skip
-
-    def _evaluate(self, step: int, state: TrainState) -> dict[str, float]:
-        with self.progress.paused():
-            figures = self.evaluate(self._networks(state))
-        self.writer.scalars(step, {f"eval/{name}": value for name, value in figures.items()})
-        shown = [f"{name} {figures[name]:.3f}" for name in HEADLINES if name in figures]
-        self.progress.message(f"step {step}: " + "  ".join(shown))
-        return figures
-
-    def _draw(self, step: int, state: TrainState) -> None:
-        with self.progress.paused():
-            self.writer.image(step, "scenes", self.panel(self._networks(state)))
-
-    def _networks(self, state: TrainState) -> TrainState:
-        """The state without its optimizer, whole on every device, for functions that only look."""
-        return sharding.whole(state._replace(opt_state=()), self.mesh)
-
-    def _save(self, step: int, state: TrainState, force: bool) -> None:
-        now = time.monotonic()
-        self.history["seconds"] += now - self.clock
-        self.clock = now
-        extra = {"fields": config_lib.learnt_fields(self.config), "history": self.history}
-        self.skipped.write()  # before the step is saved: what it passed over is not met again
-        self.saved.save(step, state, extra, force=force)
-
-    def _summary(self) -> dict:
-        return {
-            "steps": self.total,
-            "images": self.total * self.config.batch_size,
-            "images_per_second": self.history["rate"],
-            "seconds": self.history["seconds"],
-            "devices": f"{self.mesh.size} x {jax.devices()[0].device_kind}",
-            "skipped": self.history["skipped"],
-            "skipped_photos": self.skipped.reasons(),
-            "collapse_alarm": self.alarm.raised,
-            "final": self.history["final"],
-            "untrained": self.history["untrained"],
-        }
-
-
-def host_batches(config: Any, source: Source, start: int = 0) -> Iterator[HostBatch]:
-    """This process's share of the batches from step `start` on, without what the step does not read."""
-    c = config.data
-    with_boxes = config.roi.source == "ground_truth"
-    keep = ("image", "aspect", "skipped") + (("boxes",) if with_boxes else ())
-    found = train_batches(
-        source, batch_size=config.batch_size, canvas=c.canvas, seed=config.seed,
-        process_index=jax.process_index(), process_count=jax.process_count(),
-        start_step=start, window_area=c.window_area, max_boxes=c.max_boxes,
-        with_boxes=with_boxes, min_side=c.min_side, max_pixels=c.max_pixels, workers=c.workers,
-        prefetch=c.prefetch, cache=c.cache, cache_gb=c.cache_gb,
-    )  # fmt: skip
-    return ({name: batch[name] for name in keep} for batch in found)
-
-
-def _next(batches: Iterator) -> tuple[dict, float]:
-    """The next batch and the seconds it was waited for; photos of which none is usable stop the run."""
-    began = time.monotonic()
-    try:
-        return next(batches), time.monotonic() - began
-    except (ValueError, OSError) as error:
-        raise Stopped(str(error), FAILED) from error
-
-
-class Alarm:
-    """Raised once `patience` values in a row lie below `threshold`; stays raised until one does not."""
-
-    def __init__(self, threshold: float, patience: int, below: int = 0):
-        self.threshold, self.patience = threshold, patience
-        self.below, self.raised = below, below >= patience
-
-    def update(self, value: float) -> bool:
-        """Take in a value; True only at the moment the alarm is raised."""
-        self.below = self.below + 1 if value < self.threshold else 0
-        before, self.raised = self.raised, self.below >= self.patience
-        return self.raised and not before

@@ -1,14 +1,20 @@
 """Numbers at their worst: images without content, maps without peaks, NaN, batches of one, collapse."""
 
+import json
+import os
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from runs import ROOT
 from test_train_step import BATCH, GUIDED, SIDE, assert_same, compile_step, photos, tiny
 
 from salcl_jax import losses
 from salcl_jax.config import ConfigError
-from salcl_jax.train import Alarm
+from salcl_jax.loop import Alarm
 
 pytestmark = [pytest.mark.fault, pytest.mark.xdist_group("numerics")]  # one process: one program
 START = {**GUIDED, "guidance.start": 0.0, "guidance.full": 0.0, "pairs.mix.cover": 1.0}
@@ -94,3 +100,18 @@ def test_a_forced_collapse_raises_the_alarm_in_time(guided, fault_table):
         raised.append(alarm.update(float(measured["spread"])))
     assert raised == [False] * 4 + [True, False]
     fault_table(fault="forced collapse", happened="alarm after `patience` steps", lost_steps=0, exit_code=0)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_no_false_alarm_on_the_demo(tmp_path, fault_table):
+    """`make demo` as users run it: its spread stays above the alarm's threshold from the first step on."""
+    command = [sys.executable, "-m", "salcl_jax.main", "--config=configs/scenes.py", f"--workdir={tmp_path}"]
+    env = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    spread = [line["train/spread"] for line in lines if "train/spread" in line]
+    assert min(spread) > 0.2 and not any(line.get("alarm/collapse") for line in lines)
+    assert "COLLAPSE ALARM" not in done.stderr + done.stdout
+    fault_table(fault="the demo", happened=f"no alarm; lowest spread {min(spread):.2f}", exit_code=0)

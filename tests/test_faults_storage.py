@@ -266,6 +266,35 @@ def test_disk_full_while_training(shared, fields, tmp_path, fault_table):
     fault_table("disk full while training", "one line; continues once there is room", logged - good, 70)
 
 
+def immutable(folder: Path, on: bool) -> bool:
+    """Whether nothing below a folder can be written any more, or can again."""
+    done = subprocess.run(["chattr", "-R", "+i" if on else "-i", folder], capture_output=True)
+    return done.returncode == 0
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("chattr"), reason="needs chattr")
+def test_a_workdir_that_becomes_read_only(shared, fields, tmp_path, fault_table):
+    run = tmp_path / "run"
+    process = start(shared, CONFIG, run, **fields)
+    wait_for_step(process, run, 20)
+    try:
+        if not immutable(run, True):
+            pytest.skip("the file system or the user's rights do not allow it")
+        _, err = finish(process, 70)
+    finally:
+        immutable(run, False)
+        process.kill()
+    assert "make room or mend" in one_line(err, "stopped") and str(run) in err
+    good, logged = newest(run), max(metrics(run))
+    again = start(shared, CONFIG, run, **fields)
+    wait_for_step(again, run, logged + 5)
+    again.send_signal(signal.SIGTERM)
+    finish(again, 75)
+    assert list(metrics(run)) == list(range(1, newest(run) + 1))
+    fault_table("the workdir becomes read-only", "one line; continues once mended", logged - good, 70)
+
+
 @pytest.mark.slow
 def test_a_workdir_that_vanishes_and_one_that_cannot_be(shared, fields, tmp_path, fault_table):
     run = tmp_path / "run"

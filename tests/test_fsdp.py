@@ -102,7 +102,7 @@ STEPS = """
         c = lib.finish(configure(kind, **{"accumulate": int(sys.argv[1])}), devices=8, images=64)
         network = build(**c.model)
         init = make_init(network, c)
-        where = train.state_places(c, jax.eval_shape(init), mesh)
+        where = sharding.state_sharding(jax.eval_shape(init), mesh, **c.sharding)
         state, losses = jax.jit(init, out_shardings=where)(), []
         placed = sharding.to_device(batch, mesh)
         step = sharding.jit_step(make_train_step(network, c), where, mesh).lower(state, placed).compile()

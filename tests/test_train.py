@@ -25,7 +25,7 @@ from runs import (
 )
 
 from salcl_jax import checkpoint
-from salcl_jax.train import Alarm
+from salcl_jax.loop import Alarm
 
 
 @pytest.fixture(scope="session")

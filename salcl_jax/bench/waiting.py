@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 
-from salcl_jax import sharding, train
+from salcl_jax import loop, sharding
 from salcl_jax.bench.programs import Setting
 from salcl_jax.data.sources import open_source
 
@@ -23,7 +23,7 @@ def measure(setting: Setting) -> tuple[dict[str, float] | None, str]:
     """
     try:
         source = open_source(setting.config.data.train.to_dict())
-        host = train.host_batches(setting.config, source)
+        host = loop.host_batches(setting.config, source)
         batches = sharding.prefetch_to_device(host, setting.mesh)
         return _loop(setting, batches), ""
     except (ValueError, OSError, ImportError) as error:

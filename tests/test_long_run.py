@@ -1,0 +1,106 @@
+"""Hours of training on real photos: memory, threads, files, compilations and speed stay as they were."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).parents[1]
+MINUTES = float(os.environ.get("LONG_RUN_MINUTES", "120"))  # fewer show less: for trying the test itself
+STEPS = int(170 * MINUTES)  # more than two cores do in that time; a faster machine ends earlier
+EVERY = 5.0  # seconds between looks at the process
+WARM, WINDOW = 0.1, 0.1  # shares of the time: left out at the start, compared behind that and at the end
+FIELDS = {
+    "total_steps": STEPS, "total_epochs": 0, "checkpoint.every": 1 / 200, "eval.every": 1 / 40,
+    "log.panels": 1 / 40, "log.every": 20, "eval.limit": 512, "data.workers": 2,
+    "saliency.source": "contrast", "saliency.stages": "('stage4',)",
+}  # fmt: skip
+
+
+def look(pid: int) -> dict[str, float]:
+    """Resident memory in bytes, threads and open files of a process."""
+    lines = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
+    memory, files = 1024.0 * int(lines["VmRSS"].split()[0]), len(os.listdir(f"/proc/{pid}/fd"))
+    return {"memory": memory, "threads": int(lines["Threads"]), "files": files}
+
+
+def windows(rows: list, key: str) -> tuple[np.ndarray, np.ndarray]:
+    """Values in the window behind the warm-up and in the last one."""
+    values = np.array([row[key] for row in rows])
+    first, length = int(WARM * len(values)), max(1, int(WINDOW * len(values)))
+    return values[first : first + length], values[-length:]
+
+
+def growth(rows: list, key: str) -> float:
+    """Median of the last window over that of the first."""
+    first, last = windows(rows, key)
+    return float(np.median(last) / np.median(first))
+
+
+def command(workdir: Path, photos: Path) -> list[str]:
+    scenes, objects = [f"{photos}/{name}_scenes" for name in ("coco", "voc")], f"{photos}/imagenette"
+    boxes = {split: [f"{folder}/annotations_{split}.json" for folder in scenes] for split in ("train", "val")}
+    labelled = {"kind": "folder", "roots": (f"{objects}/images",), "labels": f"{objects}/labels.csv"}
+    sources = {
+        "data.train": {
+            "roots": tuple(f"{folder}/images" for folder in scenes), "annotations": ",".join(boxes["train"]),
+        },
+        "eval.localization": {
+            "kind": "folder", "roots": (f"{scenes[0]}/images",), "annotations": boxes["val"][0],
+        },
+        "eval.probe_train": labelled | {"split": "train"},
+        "eval.probe_test": labelled | {"split": "val"},
+    }  # fmt: skip
+    fields = FIELDS | {f"{name}.{field}": v for name, given in sources.items() for field, v in given.items()}
+    program = [sys.executable, "-m", "salcl_jax.main", "--config=configs/folder.py", f"--workdir={workdir}"]
+    return program + [f"--config.{name}={value}" for name, value in fields.items()]
+
+
+@pytest.mark.slow
+@pytest.mark.fault
+@pytest.mark.timeout(60 * MINUTES + 900)
+def test_hours_change_nothing(tmp_path, photos, fault_table):
+    workdir, looks = tmp_path / "run", []
+    env = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1", "PYTHONPATH": str(ROOT)}
+    with open(tmp_path / "log.txt", "w") as log:
+        process = subprocess.Popen(command(workdir, photos), cwd=ROOT, env=env, stdout=log, stderr=log)
+        began = time.monotonic()
+        while process.poll() is None and time.monotonic() - began < 60 * MINUTES:
+            time.sleep(EVERY)
+            if (workdir / "checkpoints").exists() and process.poll() is None:
+                looks.append(look(process.pid))
+        process.send_signal(signal.SIGTERM)
+        code = process.wait(timeout=600)
+    (tmp_path / "looks.json").write_text(json.dumps(looks))
+    assert code in (0, 75), (tmp_path / "log.txt").read_text()[-2000:]
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    trained = [line for line in lines if "train/loss" in line]
+    compiled = [line["train/compiled"] for line in trained[int(WARM * len(trained)) :]]
+    found = {
+        "memory": growth(looks, "memory"), "speed": growth(trained, "train/images_per_second"),
+        "compiled": sum(compiled), "evaluations": sum("eval/pretext/loss" in line for line in lines),
+        "threads": [list(map(float, np.quantile(w, (0.1, 0.5, 1)))) for w in windows(looks, "threads")],
+        "files": [list(map(float, np.quantile(w, (0.1, 0.5, 1)))) for w in windows(looks, "files")],
+    }  # fmt: skip
+    (tmp_path / "found.json").write_text(json.dumps(found, indent=1))
+    print(found)
+    assert found["evaluations"] >= 4 and found["compiled"] == 0, found
+    assert found["memory"] <= 1.02 and found["speed"] >= 0.97, found
+    for name in ("threads", "files"):  # a save in progress has some of its own: the peaks are compared
+        first, last = windows(looks, name)
+        assert np.median(last) <= np.median(first) and np.max(last) <= np.max(first), found
+    minutes, step = (time.monotonic() - began) / 60, trained[-1]["step"]
+    happened = f"memory x {found['memory']:.3f}, speed x {found['speed']:.3f}, nothing compiled again"
+    fault_table(fault=f"{minutes:.0f} minutes, {step} steps", happened=happened, lost_steps=0, exit_code=code)
+
+
+def test_growth_compares_behind_the_warm_up_with_the_end():
+    rows = [{"memory": 1e9}] * 10 + [{"memory": 100.0}] * 80 + [{"memory": 103.0}] * 10
+    assert growth(rows, "memory") == pytest.approx(1.03)
+    assert look(os.getpid())["memory"] > 1e7 and look(os.getpid())["files"] >= 3
