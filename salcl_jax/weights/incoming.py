@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from salcl_jax.models.vit import position_embedding
+from salcl_jax.models.vit import VITS, position_embedding
 from salcl_jax.types import PyTree, TrainState
 from salcl_jax.weights import files, names
 from salcl_jax.weights.names import Arrays, Layout, Place
@@ -63,7 +63,7 @@ def load(path: str, shapes: TrainState, model: Any) -> Incoming:
                 trees[f"{branch}params"][name], trees[f"{branch}batch_stats"][name] = names.unflatten(
                     chosen.values
                 )
-    return Incoming(trees, _describe(path, arrays, found, shapes))
+    return Incoming(trees, _describe(path, arrays, found, shapes) + _assumed(about, model))
 
 
 def put(state: TrainState, trees: Mapping[str, Mapping[str, PyTree]], places: TrainState) -> TrainState:
@@ -86,6 +86,13 @@ def _check_record(path: str, about: Mapping, model: Any) -> None:
         fields = ("name",) if theirs["name"].startswith("vit") else ("name", "width", "stem")
         flags = " ".join(f"--config.model.{name}={theirs[name]}" for name in fields)
         raise ValueError(f"{path} is {describe(theirs)}, here is {describe(model)}: give {flags}")
+
+
+def _assumed(about: Mapping, model: Any) -> str:
+    """What arrays do not tell: MoCo v3's ViT-S has twelve attention heads in arrays of the same shape."""
+    if about.get("model") or model["name"] not in VITS:
+        return ""
+    return f"; attention heads are not in the file: taken as {VITS[model['name']][2]}"
 
 
 # The encoder.
