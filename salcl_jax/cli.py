@@ -13,10 +13,11 @@ from salcl_jax.peers import AGAIN
 from salcl_jax.validation import validate
 
 USER_ERROR = 2  # exit code: something to mend in the command, configuration or data
+Parser = Callable[[list[str]], list[str]]  # `flags_parser` of `absl.app.run`
 
 
-def parser(config: flags.FlagHolder, check: Callable[[], None]) -> Callable[[list[str]], list[str]]:
-    """Flags parser for `absl.app.run`: anything wrong with the command is one line and exit code 2.
+def parser(config: flags.FlagHolder, check: Callable[[], None]) -> Parser:
+    """Flags parser: anything wrong with the command is one line and exit code 2.
 
     `check` looks at the other flags, after the configuration was validated, and raises `flags.Error`.
     """
@@ -34,6 +35,32 @@ def parser(config: flags.FlagHolder, check: Callable[[], None]) -> Callable[[lis
             leave(_explain(error, argv))
 
     return parse
+
+
+def plain_parser(needed: tuple[str, ...], check: Callable[[list[str]], None]) -> Parser:
+    """The same for programs without a configuration: flags that must be given, then a look at the rest.
+
+    `check` gets the arguments that are no flags and raises `flags.Error`.
+    """
+
+    def parse(argv: list[str]) -> list[str]:
+        try:
+            rest = flags.FLAGS(argv)
+            for name in needed:
+                if not flags.FLAGS[name].value:
+                    raise flags.Error(f"give --{name}")
+            check(rest[1:])
+            return rest
+        except flags.Error as error:
+            leave(str(error))
+
+    return parse
+
+
+def nothing_else(rest: list[str]) -> None:
+    """Raise `flags.Error` where there are arguments that are no flags."""
+    if rest:
+        raise flags.Error(f"unexpected argument {rest[0]!r}")
 
 
 def writable(flag: str, path: str) -> None:

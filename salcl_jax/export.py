@@ -45,23 +45,13 @@ def _leave_the_accelerator() -> None:
     jax.config.update("jax_platforms", "cpu")
 
 
-def _parse(argv: list[str]) -> list[str]:
-    """Flags; anything wrong with the command is one line and exit code 2."""
-    try:
-        rest = flags.FLAGS(argv)
-        for name in ("checkpoint", "to", "out"):
-            if not flags.FLAGS[name].value:
-                raise flags.Error(f"give --{name}")
-        if len(rest) > 1:
-            raise flags.Error(f"unexpected argument {rest[1]!r}")
-        folder = os.path.expanduser(_CHECKPOINT.value)
-        if "://" not in folder and not os.path.isdir(folder):
-            raise flags.Error(f"--checkpoint={folder}: no such folder; give the workdir of a run")
-        cli.writable("out", os.path.dirname(os.path.abspath(os.path.expanduser(_OUT.value))))
-        return rest
-    except flags.Error as error:
-        cli.leave(str(error))
+def _check(rest: list[str]) -> None:
+    cli.nothing_else(rest)
+    folder = os.path.expanduser(_CHECKPOINT.value)
+    if "://" not in folder and not os.path.isdir(folder):
+        raise flags.Error(f"--checkpoint={folder}: no such folder; give the workdir of a run")
+    cli.writable("out", os.path.dirname(os.path.abspath(os.path.expanduser(_OUT.value))))
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=_parse)
+    app.run(main, flags_parser=cli.plain_parser(("checkpoint", "to", "out"), _check))

@@ -117,23 +117,14 @@ def _write(path: Path, value: Any) -> None:
     part.replace(path)
 
 
-def _parse(argv: list[str]) -> list[str]:
-    """Flags and photos; anything wrong with the command is one line and exit code 2."""
-    try:
-        rest = flags.FLAGS(argv)
-        for name in ("checkpoint", "out"):
-            if not flags.FLAGS[name].value:
-                raise flags.Error(f"give --{name}=DIR")
-        if len(rest) == 1:
-            raise flags.Error("name photos, or folders of photos, behind the options")
-        missing = next((path for path in rest[1:] if not os.path.exists(path)), None)
-        if missing:
-            raise flags.Error(f"{missing}: no such file or folder")
-        cli.writable("out", _OUT.value)
-        return rest
-    except flags.Error as error:
-        cli.leave(str(error))
+def _check(photos: list[str]) -> None:
+    if not photos:
+        raise flags.Error("name photos, or folders of photos, behind the options")
+    missing = next((path for path in photos if not os.path.exists(path)), None)
+    if missing:
+        raise flags.Error(f"{missing}: no such file or folder")
+    cli.writable("out", _OUT.value)
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=_parse)
+    app.run(main, flags_parser=cli.plain_parser(("checkpoint", "out"), _check))

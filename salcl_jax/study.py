@@ -238,20 +238,10 @@ def _write(path: Path, value: Any) -> None:
     part.replace(path)
 
 
-def _parse(argv: list[str]) -> list[str]:
-    """Flags; anything wrong with the command is one line and exit code 2."""
-    try:
-        rest = flags.FLAGS(argv)
-        for name in ("study", "workdir"):
-            if not flags.FLAGS[name].value:
-                raise flags.Error(f"give --{name}")
-        if len(rest) > 1:
-            raise flags.Error(f"unexpected argument {rest[1]!r}")
-        cli.writable("workdir", _WORKDIR.value)
-        return rest
-    except flags.Error as error:
-        cli.leave(str(error))
+def _check(rest: list[str]) -> None:
+    cli.nothing_else(rest)
+    cli.writable("workdir", _WORKDIR.value)
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=_parse)
+    app.run(main, flags_parser=cli.plain_parser(("study", "workdir"), _check))

@@ -72,6 +72,21 @@ def test_saliency_of_images_of_any_size(saved):
     np.testing.assert_allclose(own.boxes[0], regions.boxes[1], atol=1e-5)
 
 
+def test_the_untrained_network_is_the_one_that_the_run_began_with(saved):
+    folder, c, _ = saved
+    trained = salcl_jax.load(str(folder), batch_size=8)
+    model, images = trained.untrained(), pictures(3)
+    network = build(**c.model)
+    params, stats = guidance.branch(jax.jit(make_init(network, c))(), "target")
+    mean, std = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
+    x = jax.numpy.asarray((images / 255 - mean) / std, np.float32)[:, None]
+    expected, _ = network.encode(params, stats, x, train=False)
+    found = model.features(images)["pooled"]
+    np.testing.assert_allclose(found, expected["pooled"][:, 0], rtol=1e-3, atol=1e-4)
+    assert model.step == 0 and np.abs(found - trained.features(images)["pooled"]).max() > 0.01
+    assert model.saliency(list(images))[0].shape == trained.saliency(list(images))[0].shape
+
+
 def test_wrong_images_and_places_are_told(saved, tmp_path):
     model = salcl_jax.load(str(saved[0]))
     with pytest.raises(ValueError, match=r"uint8 \[n, h, w, 3\]"):
@@ -118,7 +133,7 @@ def test_the_program_draws_and_lists_regions(saved, tmp_path):
 
 
 @pytest.mark.parametrize("arguments, words", [
-    ((), "--checkpoint=DIR"), (("--checkpoint=x", "--out=y"), "name photos"),
+    ((), "give --checkpoint"), (("--checkpoint=x", "--out=y"), "name photos"),
     (("--checkpoint=x", "--out=y", "nonesuch.jpg"), "nonesuch.jpg: no such file"),
 ])  # fmt: skip
 def test_a_wrong_command_is_one_line(arguments, words):
