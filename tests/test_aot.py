@@ -183,6 +183,20 @@ def test_a_step_that_does_not_fit_has_its_own_exit_code(config_file):
     assert "does not fit" in done.stdout
 
 
+@pytest.mark.slow
+@needs_compiler
+def test_the_largest_batch_by_the_real_compiler(config_file, tmp_path):
+    """Canvases of 48 MB: the compiler's 15.75 GiB hold nearly as many as fit by division alone."""
+    out, canvas = tmp_path / "fit.json", 4096
+    flags = ["--topology=v5e:2x2", "--per_chip=64", "--fit", f"--config.data.canvas={canvas}", f"--out={out}"]
+    done = run(f"--config={config_file}:byol", *flags)
+    assert done.returncode == 0, done.stderr
+    report = json.loads(out.read_text())["reports"][0]
+    room = 15.75 * 2**30 / (3 * canvas**2)
+    assert room - 16 < report["largest_per_chip"] < room
+    assert report["at_largest"]["fits"] and f"{report['largest_per_chip']} images per chip" in done.stdout
+
+
 @needs_compiler
 @pytest.mark.parametrize("topology", ["v5e:3x3", "v99:2x2", "v5e"])
 def test_unknown_slices_are_one_line(config_file, topology):
