@@ -59,6 +59,12 @@ class Model:
         canvases = [to_canvas(from_array(image), WHOLE, self.config.data.canvas)[0] for image in images]
         return self._in_batches(self._maps, np.stack(canvases))
 
+    def untrained(self) -> "Model":
+        """The same network with the first weights of its seed: what a trained one is compared with."""
+        init = make_init(self.network, config_lib.finish(self.config, devices=1, images=1))
+        state = jax.jit(lambda: init()._replace(opt_state=()))()
+        return dataclasses.replace(self, step=0, state=state)
+
     def _in_batches(self, run: Callable, images: np.ndarray) -> Any:
         """Run over batches of one size, the last filled up with its own images; only real rows return."""
         found = []

@@ -4,7 +4,7 @@ rows: {'trained': figures, 'untrained': figures, ...} of one task, figures flat 
 0..1. matplotlib is imported late and without pyplot: no window, no state outside the figures.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -24,6 +24,7 @@ _INK, _GREY, _PALE = "#282828", "#767676", "#DDDDDD"
 _PER_CLASS = {"ap": "average precision", "iou": "intersection over union"}
 _LOW_SHOT = ((0, "low_shot", "-"), (1, "low_shot_best_on_test", "--"))
 _REGION_SCORES = {"recall@0.5": "objects found (IoU >= 0.5), %", "coverage": "mean best IoU of objects, %"}
+_RUN_SCORES = {"loss": "loss", "spread": "spread of projections (0: collapsed)"}
 _CHANCE = (
     ("random", "random boxes", "--"),
     ("center", "one central box", "-."),
@@ -135,6 +136,29 @@ def study_curves(curves: Mapping[str, tuple], kind: str, figure: str) -> Any:
     axes.set_ylabel(f"{figure}, %", color=_INK)
     plot.legend(loc="outside right upper", frameon=False, fontsize=8)
     return plot
+
+
+def run_curves(lines: Sequence[Mapping[str, Any]], total: int = 0) -> Any:
+    """Loss and spread of a run over its steps, on training crops and on fixed ones.
+
+    lines: those of metrics.jsonl, in order. total: steps the run will take; 0: those it has taken.
+    """
+    figure, both = _figure(9.0, 3.4, 2)
+    done = lines[-1]["step"]
+    for axes, name in zip(both, ("loss", "spread"), strict=True):
+        for kind, label, style in (("train", "training crops", "-"), ("eval/pretext", "fixed crops", "o")):
+            found = [(line["step"], line[f"{kind}/{name}"]) for line in lines if f"{kind}/{name}" in line]
+            points = np.array(found, np.float64).reshape(-1, 2)  # null, where not finite, becomes NaN
+            colour = _COLOURS["trained" if kind == "train" else "untrained"]
+            axes.plot(*points.T, style, color=colour, label=label, markersize=5, clip_on=False, zorder=3)
+        axes.set_xlim(0, max(total, done, 1))
+        axes.set_xlabel("optimizer steps", color=_INK)
+        axes.set_title(_RUN_SCORES[name], fontsize=10, color=_INK)
+    both[1].set_ylim(0, 1.05)
+    figure.suptitle(f"step {done:,}" + (f" of {total:,}" if total else ""), fontsize=11, color=_INK)
+    handles, labels = both[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False, fontsize=9)
+    return figure
 
 
 def numbered(figures: Mapping[str, float], prefix: str, kind: type) -> dict[Any, float]:

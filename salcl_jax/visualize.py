@@ -131,6 +131,28 @@ def columns(
     return _sheet(list(titles), [list(row) for row in zip(*pictures, strict=True)], tile)
 
 
+def grid(
+    rows: Sequence[Sequence[np.ndarray]], captions: Sequence[Sequence[str]], *, tile: int = 144
+) -> np.ndarray:
+    """Pictures uint8 [h, w, 3] of any proportions, each under its caption, their longer sides `tile` pixels.
+
+    A row is as high as its highest picture. Returns uint8 [H, W, 3].
+    """
+    fitted = [[fit(picture, tile) for picture in row] for row in rows]
+    heights = [max(picture.shape[0] for picture in row) for row in fitted]
+    size = max(map(len, rows)) * (tile + GAP) + GAP, sum(heights) + len(rows) * HEADER + GAP
+    sheet = Image.new("RGB", size, PAPER)
+    draw, top = ImageDraw.Draw(sheet), HEADER
+    for row, texts, high in zip(fitted, captions, heights, strict=True):
+        for column, (picture, text) in enumerate(zip(row, texts, strict=True)):
+            left = GAP + column * (tile + GAP)
+            draw.text((left + tile // 2, top - HEADER // 2), text, fill=INK, font=_font(12), anchor="mm")
+            place = left + (tile - picture.shape[1]) // 2, top + (high - picture.shape[0]) // 2
+            sheet.paste(Image.fromarray(picture), place)
+        top += high + HEADER
+    return np.asarray(sheet)
+
+
 def save_png(path: str | os.PathLike, array: np.ndarray) -> None:
     """Write uint8 [H, W, 3] so that a reader never meets half a file; makes missing folders."""
     path = Path(path)
@@ -214,6 +236,13 @@ def _tag(draw, corner, text: str, colour: Colour, size: tuple[int, int]) -> None
 def _resize(image: np.ndarray, side: int) -> np.ndarray:
     # Small crops are enlarged bilinearly: blur there is what the network sees, blocks are not.
     return np.asarray(Image.fromarray(image).resize((side, side), Image.Resampling.BILINEAR))
+
+
+def fit(image: np.ndarray, side: int) -> np.ndarray:
+    """The picture in its own proportions, its longer side `side` pixels."""
+    scale = side / max(image.shape[:2])
+    size = tuple(max(1, round(scale * n)) for n in image.shape[1::-1])
+    return np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BILINEAR))
 
 
 def _font(size: int):

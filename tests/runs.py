@@ -44,25 +44,29 @@ def pictures(folder):
     return folder / "photos.npz"
 
 
-def start(shared, config, workdir, block=False, **fields):
-    """A training process; fields by dotted name with __ for dots."""
-    given = SMALL | {name.replace("__", "."): value for name, value in fields.items()}
-    env = os.environ | {
+def environment(shared, block=False):
+    """Of a process that runs quickly: compiled programs are kept, and little is optimised."""
+    return os.environ | {
         "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1", "PYTHONWARNINGS": "ignore",
         "PYTHONPATH": os.pathsep.join([str(ROOT)] + [str(shared / "blocked")] * block),
         "JAX_COMPILATION_CACHE_DIR": str(shared / "compiled"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
         "XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
     }  # fmt: skip
+
+
+def start(shared, config, workdir, block=False, **fields):
+    """A training process; fields by dotted name with __ for dots."""
+    given = SMALL | {name.replace("__", "."): value for name, value in fields.items()}
     command = [sys.executable, "-m", "salcl_jax.main", f"--config={config}", f"--workdir={workdir}"]
     command += [f"--config.{name}={value}" for name, value in given.items()]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(command, cwd=ROOT, env=env, **pipes)
+    return subprocess.Popen(command, cwd=ROOT, env=environment(shared, block), **pipes)
 
 
 def finish(process, code=0):
     """(stdout, stderr) of a process that must end with this exit code, without a traceback."""
-    out, err = process.communicate(timeout=300)
+    out, err = process.communicate(timeout=600)
     assert process.returncode == code, err[-3000:]
     assert "Traceback" not in out + err, err[-3000:]
     return out, err
@@ -106,7 +110,7 @@ def same_networks(one, other):
 
 def wait_for_step(process, workdir, step):
     """Until the running process has logged this step."""
-    path, deadline = workdir / "metrics.jsonl", time.monotonic() + 200
+    path, deadline = workdir / "metrics.jsonl", time.monotonic() + 600
     while time.monotonic() < deadline and process.poll() is None:
         if path.exists() and f'{{"step": {step}, "train/' in path.read_text():
             return

@@ -181,6 +181,9 @@ def shown_texts(figure):
     lambda: report_figures.low_shot_curve("voc_svm", low_shot(), LONG),
     lambda: report_figures.region_curves(regions(), LONG),
     lambda: report_figures.region_curves(regions(1), LONG),
+    lambda: report_figures.run_curves([{"step": i, "train/loss": 9e3 / (i + 1), "train/spread": 1.0,
+                                        "eval/pretext/loss": 9e3, "eval/pretext/spread": 0.0}
+                                       for i in range(0, 123_456, 1000)], 123_456),
 ])  # fmt: skip
 def test_nothing_is_cut_off_and_no_text_covers_another(make):
     figure = make()
@@ -198,3 +201,22 @@ def test_nothing_is_cut_off_and_no_text_covers_another(make):
             wide = min(box.x1, other.x1) - max(box.x0, other.x0)
             high = min(box.y1, other.y1) - max(box.y0, other.y0)
             assert min(wide, high) <= 0.5
+
+
+def test_run_curves_show_training_and_fixed_crops():
+    steps = [{"step": 0, "eval/pretext/loss": 3.5, "eval/pretext/spread": 0.8},
+             {"step": 10, "train/loss": 3.0, "train/spread": 0.7, "train/other": 9.0},
+             {"step": 20, "train/loss": None, "train/spread": 0.6},
+             {"step": 20, "eval/pretext/loss": 2.5, "eval/pretext/spread": 0.9}]  # fmt: skip
+    figure = report_figures.run_curves(steps, 50)
+    loss, spread = figure.axes
+    for axes, train, fixed in ((loss, [3.0, NAN], [3.5, 2.5]), (spread, [0.7, 0.6], [0.8, 0.9])):
+        found = lines(axes)
+        assert list(found["training crops"].get_xdata()) == [10, 20]
+        np.testing.assert_array_equal(found["training crops"].get_ydata(), train)
+        assert list(found["fixed crops"].get_xdata()) == [0, 20]
+        np.testing.assert_array_equal(found["fixed crops"].get_ydata(), fixed)
+        assert axes.get_xlim() == (0, 50)
+    assert spread.get_ylim()[0] == 0 and figure.get_suptitle() == "step 20 of 50"
+    assert report_figures.run_curves(steps[:1]).get_suptitle() == "step 0"
+    assert report_figures.pixels(figure).std() > 10

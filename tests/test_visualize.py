@@ -207,3 +207,19 @@ def test_png_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     monkeypatch.undo()
     np.testing.assert_array_equal(np.asarray(Image.open(path)), image[::-1])
     assert os.listdir(path.parent) == ["step.png"]
+
+
+def test_a_grid_keeps_proportions_and_centres_pictures():
+    wide, high = np.zeros((20, 40, 3), np.uint8), np.zeros((60, 30, 3), np.uint8)
+    wide[:], high[:] = RED, BLUE
+    sheet = visualize.grid([[wide, high], [wide]], [["a", "b"], ["c"]], tile=80)
+    gap, header = visualize.GAP, visualize.HEADER
+    assert sheet.shape == (2 * header + 80 + 40 + gap, 2 * (80 + gap) + gap, 3)
+    rows, columns = where(sheet, BLUE)  # 80 x 40 in the second cell, below its caption
+    assert (rows.min(), rows.max()) == (header, header + 79)
+    assert (columns.min(), columns.max()) == (2 * gap + 80 + 20, 2 * gap + 80 + 59)
+    rows, columns = where(sheet, RED)  # 40 x 80, in the middle of its row's height, and a row of its own
+    assert sorted(set(rows)) == [*range(header + 20, header + 60), *range(2 * header + 80, 2 * header + 120)]
+    assert (columns.min(), columns.max()) == (gap, gap + 79)
+    dark = np.argwhere(sheet[:header].max(-1) < 120)[:, 1]
+    assert dark.size and dark.min() > gap and dark.max() < 2 * (80 + gap)
