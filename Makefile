@@ -2,6 +2,8 @@
 # make test                 the tests
 # make faults               injects every fault, long ones too, and prints what happened
 # make lint                 ruff
+# make docs                 guides and reference as pages in docs/_build; a warning is an error
+# make notebooks            launch/colab/*.ipynb from their text forms
 # The first call of any of them makes .venv and installs the package into it.
 
 PYTHON ?= $(shell for p in python3 python3.12 python3.11 python3.13 python; do \
@@ -10,7 +12,7 @@ WORKDIR ?= demo
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: demo test faults lint
+.PHONY: demo test faults lint docs notebooks
 demo: $(VENV)/.installed
 	$(RUN) -m salcl_jax.main --config=configs/scenes.py --workdir=$(WORKDIR)
 
@@ -25,6 +27,13 @@ faults: $(VENV)/.tests-installed
 lint: $(VENV)/.tests-installed
 	$(RUN) -m ruff check .
 
+docs: $(VENV)/.docs-installed
+	$(RUN) -m sphinx -q -W --keep-going docs docs/_build
+	@echo docs/_build/index.html
+
+notebooks: $(VENV)/.tests-installed
+	$(RUN) launch/colab/build.py
+
 $(VENV)/.installed: setup.py
 	@test -n "$(PYTHON)" || { echo "error: no Python 3.11, 3.12 or 3.13 found (tensorflow has wheels for these); name one with PYTHON=..."; exit 2; }
 	$(PYTHON) -m venv $(VENV)
@@ -34,4 +43,8 @@ $(VENV)/.installed: setup.py
 
 $(VENV)/.tests-installed: $(VENV)/.installed
 	$(RUN) -m pip install --quiet -e .[test]
+	touch $@
+
+$(VENV)/.docs-installed: $(VENV)/.installed
+	$(RUN) -m pip install --quiet -e .[docs]
 	touch $@

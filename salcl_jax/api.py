@@ -5,6 +5,8 @@
     model = salcl_jax.load("runs/coco")     # a workdir, or one STEP of its checkpoints
     stages = model.features(images)         # uint8 [n, h, w, 3] -> stages [n, h', w', d], 'pooled' [n, d]
     maps, regions = model.saliency(images)  # maps [n, h, w]; boxes [n, r, 4], valid [n, r], score [n, r]
+
+Arrays are numpy's, both ways.
 """
 
 import dataclasses

@@ -172,6 +172,7 @@ def base() -> ConfigDict:
     c.log.panels = 0.1  # share of training between pictures; 0: only at the end
     c.log.panel_images = 6  # in a picture
     c.log.tensorboard = True  # event files beside metrics.jsonl
+    c.log.trackers = ()  # also there: wandb, mlflow; each needs the extra of its name
 
     c.checkpoint = ConfigDict()  # what is kept to continue from
     c.checkpoint.every = 0.02  # share of training between checkpoints

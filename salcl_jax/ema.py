@@ -10,7 +10,11 @@ from salcl_jax.types import PyTree
 def decay(
     step: Int[Array, ""] | int, *, base: float, total_steps: int
 ) -> Float[Array, ""]:
-    """BYOL's rate 1 - (1 - base) (cos(pi k / K) + 1) / 2 at optimizer step k of K: base to 1."""
+    """BYOL's rate 1 - (1 - base) (cos(pi k / K) + 1) / 2 at optimizer step k of K: base to 1.
+
+    >>> [round(float(decay(step, base=0.9, total_steps=100)), 3) for step in (0, 50, 100)]
+    [0.9, 0.95, 1.0]
+    """
     progress = jnp.clip(jnp.asarray(step, jnp.float32) / total_steps, 0.0, 1.0)
     return 1.0 - (1.0 - base) * (jnp.cos(jnp.pi * progress) + 1.0) / 2.0
 

@@ -117,7 +117,7 @@ def _open(config: Any, checkpoint: str, overridden: dict) -> tuple:
     import jax
 
     from salcl_jax import checkpoint as checkpoint_lib
-    from salcl_jax import feature_cache, sharding, train, writer
+    from salcl_jax import feature_cache, progress, sharding, train
     from salcl_jax.judge import Judge
     from salcl_jax.models.network import build
     from salcl_jax.train_step import make_init
@@ -144,7 +144,7 @@ def _open(config: Any, checkpoint: str, overridden: dict) -> tuple:
     trained = incoming.put(untrained, trees, jax.tree.map(lambda _: whole, untrained))
     cache = {"": feature_cache.user_folder("features"), "none": None}
     folder = cache.get(config.tasks.cache, config.tasks.cache)
-    judge = Judge(network, config, mesh, folder, **({"watch": writer.watch} if _is_main() else {}))
+    judge = Judge(network, config, mesh, folder, **({"watch": progress.watch} if _is_main() else {}))
     states = {"trained": trained, "untrained": untrained, "pixels": None}
     names = ("trained", *(name for name in states if name in config.tasks.baselines))
     return judge, [judge.subject(name, states[name]) for name in names], step

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PRNGKeyArray, UInt8
 
-from salcl_jax.losses import unit
+from salcl_jax import maps as sources
 from salcl_jax.models.network import Network
 from salcl_jax.ops import augment, roi, saliency, views
 from salcl_jax.ops.boxes import mean_inside
@@ -53,59 +53,12 @@ def make_saliency(network: Network, config: Config) -> Callable[..., Float[Array
     does not depend on the batch it comes in (but for gradcam and contrast, which compare it with the others).
     """
     c = config.saliency
+    draw = sources.find(c.source)
 
     def maps(params: PyTree, stats: PyTree, images: Float[Array, "b s s 3"]) -> Array:
-        x = whole_canvas(images, c.size)
-        if c.source == "gradcam":
-            return saliency.normalize(_gradcam(network, params, stats, x))
-        stages, _ = network.encode(params, stats, x, train=False)
-        if c.source == "attention":
-            return saliency.normalize(saliency.attention(stages["attention"][:, 0]))
-        if c.source == "similarity":
-            features = stages["stage4"][:, 0]
-            embedding = jnp.mean(features.astype(jnp.float32), axis=(1, 2))
-            return saliency.normalize(saliency.similarity(features, embedding))
-        if c.source == "contrast":
-            return saliency.normalize(_contrast(network, params, stats, stages["stage4"]))
-        found = [saliency.activation(stages[stage][:, 0], c.statistic) for stage in c.stages]
-        return saliency.fuse([saliency.normalize(m) for m in found], c.fuse)
+        return saliency.normalize(draw(network, c, params, stats, whole_canvas(images, c.size)))
 
     return maps
-
-
-def _contrast(
-    network: Network, params: PyTree, stats: PyTree, features: Float[Array, "b 1 h w d"]
-) -> Float[Array, "b h w"]:
-    """Contrast of every location's projection, as if that location were the whole image."""
-    b, _, h, w, d = features.shape
-    features = features.astype(jnp.float32).reshape(b, h * w, d)
-    z, _ = network.project(params, stats, features, train=False)
-    whole, _ = network.project(params, stats, jnp.mean(features, axis=1, keepdims=True), train=False)
-    return saliency.contrast(z.reshape(b, h, w, -1), whole[:, 0])
-
-
-def _gradcam(
-    network: Network, params: PyTree, stats: PyTree, x: Float[Array, "b 1 p p 3"]
-) -> Float[Array, "b h w"]:
-    """Grad-CAM of the agreement between an image and its mirror image, minus that with the other images.
-
-    The gradient is first order and stops at the last stage: it costs the projector's backward pass only.
-    """
-    stages, _ = network.encode(params, stats, x, train=False)
-    mirrored, _ = network.encode(params, stats, x[:, :, :, ::-1], train=False)
-    z_mirror = network.project(params, stats, mirrored["pooled"], train=False)[0][:, 0]
-    z_mirror = jax.lax.stop_gradient(unit(z_mirror))
-    features = stages["stage4"][:, 0].astype(jnp.float32)
-
-    def agreement(features: Float[Array, "b h w d"]) -> Float[Array, ""]:
-        pooled = jnp.mean(features, axis=(1, 2))[:, None]
-        z = unit(network.project(params, stats, pooled, train=False)[0][:, 0])
-        own = jnp.sum(z * z_mirror, axis=-1)
-        others = z @ jnp.mean(z_mirror, axis=0)
-        return jnp.sum(own - others)
-
-    gradient = jax.lax.stop_gradient(jax.grad(agreement)(features))
-    return saliency.gradcam(features, gradient)
 
 
 def map_regions(maps: Float[Array, "b h w"], config: Config) -> Rois:

@@ -14,10 +14,10 @@ from salcl_jax.data.pipeline import train_batches
 from salcl_jax.data.sources import Source
 from salcl_jax.evaluators import HEADLINES, online
 from salcl_jax.panels import make_panel
+from salcl_jax.progress import Progress
 from salcl_jax.termination import watch_for_termination
 from salcl_jax.train_step import make_init, make_train_step
 from salcl_jax.types import HostBatch, TrainState
-from salcl_jax.writer import Progress
 
 PREEMPTED = peers.AGAIN  # exit code: saved and left, start again to continue
 FAILED = 70  # exit code: non-finite loss, or too many unreadable images

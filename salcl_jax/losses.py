@@ -22,7 +22,12 @@ def unit(x: Float[Array, "*n d"]) -> Float[Array, "*n d"]:
 def byol(
     prediction: Float[Array, "b v d"], target: Float[Array, "b t d"], pairs: Pairs
 ) -> Float[Array, "b p"]:
-    """2 - 2 cos of each pair, in [0, 4] (BYOL). The two directions are separate pairs, to be summed."""
+    """2 - 2 cos of each pair, in [0, 4] (BYOL). The two directions are separate pairs, to be summed.
+
+    >>> views = jnp.array([[[1.0, 0.0], [0.0, 3.0]]])  # one image, two views at right angles
+    >>> byol(views, views, pairs=[(0, 1), (1, 0), (0, 0)]).tolist()
+    [[2.0, 2.0, 0.0]]
+    """
     i, j = _indices(pairs)
     cosine = jnp.sum(unit(prediction)[:, i] * unit(target)[:, j], axis=-1)
     return 2.0 - 2.0 * cosine
@@ -69,6 +74,12 @@ def pair_weights(
     mode: 'none' (all 1), 'product', 'geometric' (mean) or 'minimum' of the two scores in [0, 1];
     floor: smallest combined score; temperature: exponent 1/temperature on what is above it;
     normalize: mean 1 over the valid pairs of an 'image' or of the 'batch'.
+
+    >>> score = jnp.array([[1.0, 1.0], [0.25, 0.25]])  # the second image was cropped off its object
+    >>> print(pair_weights(score, jnp.ones((2, 2), bool), [(0, 1), (1, 0)], mode="geometric", temperature=1.0,
+    ...                    floor=0.05, normalize="batch"))
+    [[1.6 1.6]
+     [0.4 0.4]]
     """
     i, j = _indices(pairs)
     first, second = score[:, i], score[:, j]

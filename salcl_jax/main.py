@@ -11,7 +11,7 @@ import sys
 from absl import app, flags
 from ml_collections import config_flags
 
-from salcl_jax import cli, peers
+from salcl_jax import cli, peers, trackers
 from salcl_jax.config import ConfigError
 from salcl_jax.evaluators import HEADLINES
 
@@ -23,6 +23,10 @@ def _check() -> None:
     if not _WORKDIR.value:
         raise flags.Error("give --workdir=DIR, the folder of the run")
     cli.writable("workdir", _WORKDIR.value)
+    try:
+        trackers.check(_CONFIG.value.log.trackers)
+    except ValueError as error:
+        raise flags.Error(str(error)) from error
 
 
 def main(_: list[str]) -> None:

@@ -12,6 +12,10 @@ def spread(projection: Float[Array, "b d"]) -> Float[Array, ""]:
     """Collapse statistic of SimSiam: std over the batch of unit vectors, times sqrt(d).
 
     1 for directions drawn at random, 0 when all images have the same projection.
+
+    >>> compass = jnp.array([[1.0, 0.0], [-1.0, 0.0], [0.0, 1.0], [0.0, -1.0]])
+    >>> round(float(spread(compass)), 3), float(spread(jnp.ones((4, 2))))
+    (1.0, 0.0)
     """
     return jnp.mean(jnp.std(unit(projection), axis=0)) * projection.shape[-1] ** 0.5
 

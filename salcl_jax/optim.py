@@ -9,7 +9,12 @@ from salcl_jax.types import PyTree
 def schedule(
     *, peak: float, final: float, warmup_steps: int, total_steps: int
 ) -> optax.Schedule:
-    """Linear warm-up from 0 to `peak` over `warmup_steps`, then a cosine to `final` at `total_steps`."""
+    """Linear warm-up from 0 to `peak` over `warmup_steps`, then a cosine to `final` at `total_steps`.
+
+    >>> rate = schedule(peak=1.0, final=0.0, warmup_steps=10, total_steps=110)
+    >>> [round(float(rate(step)), 3) for step in (0, 5, 10, 60, 110)]
+    [0.0, 0.5, 1.0, 0.5, 0.0]
+    """
     decay = optax.cosine_decay_schedule(
         peak, max(1, total_steps - warmup_steps), alpha=final / peak if peak else 0.0
     )

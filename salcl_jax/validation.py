@@ -5,8 +5,10 @@ Each refusal is a `ConfigError` of one line that names the field, its value and 
 
 import math
 
+from salcl_jax import maps
 from salcl_jax.config import ConfigDict, ConfigError
 from salcl_jax.evaluators import TASKS
+from salcl_jax.trackers import PACKAGES
 
 _KINDS = ("tfds", "folder", "arrays", "scenes")
 _EVAL_SOURCES = ("pretext", "localization", "probe_train", "probe_test")
@@ -16,7 +18,6 @@ _ONE_OF = {
     "model.name": ("resnet18", "resnet34", "resnet50", "resnet101", "vit_s16", "vit_b16"),
     "model.stem": ("imagenet", "stride16", "cifar"),
     "model.dtype": ("bfloat16", "float32"),
-    "saliency.source": ("none", "activation", "similarity", "contrast", "gradcam", "attention"),
     "saliency.branch": ("target", "online"),
     "saliency.fuse": ("product", "mean"),
     "saliency.statistic": ("sum", "norm"),
@@ -38,6 +39,7 @@ _ONE_OF = {
 _LEVELS = ("pooled", "conv1", "stage1", "stage2", "stage3", "stage4")
 # Lists of which every element must be one of these, or at least this; they may not be empty, but for *.
 _EACH = {
+    "log.trackers*": tuple(PACKAGES),
     "eval.tasks*": tuple(TASKS), "tasks.summary": tuple(TASKS), "tasks.baselines*": ("untrained", "pixels"),
     "tasks.linear.levels": _LEVELS, "tasks.voc_svm.levels": _LEVELS, "tasks.segmentation.stages": _LEVELS[2:],
     "tasks.knn.k": 1, "tasks.voc_svm.shots*": 1, "tasks.linear.rates": 1e-8, "tasks.semi.rates": 1e-8,
@@ -75,7 +77,7 @@ _RANGES = ("data.window_area", "crops.area", "crops.ratio", "local.area", "pairs
 def validate(c: ConfigDict, devices: int = 1) -> None:
     """Raise `ConfigError` for values and combinations that cannot run on this number of devices."""
     _validate_values(c, c)
-    for name, allowed in _ONE_OF.items():
+    for name, allowed in (_ONE_OF | {"saliency.source": ("none", *maps.names())}).items():
         _need(_get(c, name) in allowed, c, name, f"allowed: {', '.join(allowed)}")
     for name, least in _AT_LEAST.items():
         _need(_get(c, name) >= least, c, name, f"must be at least {least}")
@@ -177,7 +179,7 @@ def _validate_guidance(c: ConfigDict) -> None:
     if need_map:
         _need(c.saliency.source != "none", c, "saliency.source",
               "roi.source = saliency, weights.mode and the ways map_center, cover and contrastive_crop "
-              "need a map; allowed: activation, similarity, contrast, gradcam, attention")  # fmt: skip
+              f"need a map; allowed: {', '.join(maps.names())}")  # fmt: skip
     vit = c.model.name.startswith("vit")
     _need(vit or c.saliency.source != "attention", c, "saliency.source", "needs a ViT (model.name)")
     stages = ("stage1", "stage2", "stage3", "stage4")

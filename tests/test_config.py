@@ -270,6 +270,7 @@ REFUSED = [
     ("eval.knn", {"eval.knn": (0,)}, 1),
     ("eval.every", {"eval.every": 5.0}, 1),
     ("log.every", {"log.every": 0}, 1),
+    ("log.trackers", {"log.trackers": ("wandb", "tensorboard")}, 1),
     ("checkpoint.keep", {"checkpoint.keep": 0}, 1),
     ("collapse.patience", {"collapse.patience": 0}, 1),
 ]
@@ -298,6 +299,7 @@ ALLOWED = [
     {"model.name": "vit_s16", "saliency.source": "attention"},
     {"weights.floor": 0.0, "optim.warmup": 0.0, "guidance.start": 0.0, "guidance.full": 0.0},
     {"batch_size": 64, "accumulate": 4},
+    {"log.trackers": ("wandb", "mlflow")},
 ]
 
 

@@ -12,16 +12,18 @@ FILES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*
 MATHS = {"jax", "numpy", "jaxtyping"}
 PURE = ("losses.py", "ema.py", "rng.py", "types.py", "metrics.py")
 UPPER = {  # programs: nothing below knows them
-    "train", "main", "evaluate", "bench", "compile", "study", "saliency", "api", "export",
+    "train", "loop", "main", "evaluate", "bench", "compile", "study", "saliency", "api", "export",
+    "notebook",
 }
 # Who reads or checks fields by name, and who defines them.
 CONFIG = {
     "main.py", "evaluate.py", "compile.py", "study.py", "study_plan.py", "api.py", "aot.py", "cli.py",
-    "train.py", "validation.py", "config.py",
+    "train.py", "loop.py", "validation.py", "config.py",
 }  # fmt: skip
 PROGRAMS = [
     "main.py", "evaluate.py", "compile.py", "study.py", "saliency.py", "export.py", "bench/__main__.py",
 ]  # fmt: skip
+LATE = {"sklearn", "joblib", "matplotlib", "safetensors", "wandb", "mlflow", "IPython"}
 FIELDS = {"config.py", "config_source.py", "config_tasks.py"}
 
 
@@ -105,7 +107,10 @@ def test_data_knows_no_jax_and_imports_tensorflow_late(file):
         (("absl",), [*PROGRAMS, "cli.py", "data/scenes_tfds.py"]),
         (("sklearn", "joblib"), ["evaluators/voc_svm.py"]),
         (("matplotlib",), ["report_figures.py"]),
-        (("tqdm",), ["writer.py"]),
+        (("tqdm",), ["progress.py"]),
+        (("IPython",), ["notebook.py"]),
+        (("wandb",), ["wandb_run.py"]),
+        (("mlflow", "sqlalchemy", "alembic"), ["mlflow_run.py"]),
         (("torch",), [f for f in below("bench") if f.startswith("bench/torch_")] + ["weights/files.py"]),
         (("safetensors",), ["weights/files.py"]),
         (("transformers", "timm", "torchvision"), []),
@@ -124,7 +129,7 @@ def test_nothing_slow_is_loaded_before_a_wrong_configuration_is_refused(file):
 
 @pytest.mark.parametrize("file", FILES)
 def test_packages_for_a_few_uses_are_imported_late(file):
-    assert not outside(file, late=False) & {"sklearn", "joblib", "matplotlib", "safetensors"}
+    assert not outside(file, late=False) & LATE
     assert "torch" not in outside(file, late=False) or file.startswith("bench/torch_")
 
 
@@ -148,7 +153,13 @@ def test_names_of_weights_are_plain_data(file):
 def test_the_step_knows_no_data_files_or_processes(file):
     lower = {"types", "ema", "losses", "metrics", "optim", "rng", "guidance"}
     assert outside(file) <= MATHS | {"flax", "optax"}
-    assert all(m in lower or m.startswith(("ops", "models")) for m in inside(file))
+    assert all(m in lower or m.startswith(("ops", "models", "maps")) for m in inside(file))
+
+
+@pytest.mark.parametrize("file", below("maps"))
+def test_sources_of_maps_know_networks_and_mathematics(file):
+    assert outside(file, late=False) <= (MATHS if file != "maps/__init__.py" else set())
+    assert all(m in ("types", "losses") or m.startswith(("ops", "models")) for m in inside(file))
 
 
 @pytest.mark.parametrize("file", [f for f in below("evaluators") if f != "evaluators/online.py"])
@@ -159,7 +170,7 @@ def test_evaluators_get_features_not_networks(file):
 
 def test_only_the_run_itself_uses_the_online_evaluation():
     users = {file for file in FILES if "evaluators.online" in inside(file)}
-    assert users <= {"train.py", "panels.py"}
+    assert users <= {"loop.py", "panels.py"}
 
 
 def test_no_two_modules_need_each_other_to_be_imported():

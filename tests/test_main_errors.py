@@ -12,8 +12,9 @@ ROOT = Path(__file__).parents[1]
 SCENES = "--config=configs/scenes.py"
 
 
-def run(*arguments, cwd=ROOT, platform="cpu"):
-    env = os.environ | {"JAX_PLATFORMS": platform, "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
+def run(*arguments, cwd=ROOT, platform="cpu", path=()):
+    path = os.pathsep.join(map(str, (ROOT, *path)))
+    env = os.environ | {"JAX_PLATFORMS": platform, "PYTHONPATH": path, "PYTHONWARNINGS": "ignore"}
     command = [sys.executable, "-m", "salcl_jax.main", *arguments]
     return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=120)
 
@@ -61,6 +62,14 @@ def test_a_missing_or_useless_workdir(tmp_path):
     (tmp_path / "file").write_text("")
     line = error_of(SCENES, f"--workdir={tmp_path / 'file' / 'run'}", platform="nonesuch")
     assert "is not a folder that can be written to" in line
+
+
+def test_a_tracker_that_is_not_installed(tmp_path):
+    (tmp_path / "sitecustomize.py").write_text("import sys\nsys.modules['wandb'] = None\n")
+    arguments = [SCENES, "--config.log.trackers=('wandb',)", f"--workdir={tmp_path / 'run'}"]
+    line = error_of(*arguments, platform="nonesuch", path=(tmp_path,))
+    assert "trackers has wandb, but wandb is not installed: pip install -e .[wandb]\n" in line
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_config_file_that_fails_is_named(tmp_path):

@@ -9,8 +9,10 @@ import sys
 import numpy as np
 import pytest
 
+from salcl_jax import progress as progress_lib
 from salcl_jax import writer
-from salcl_jax.writer import Progress, Writer
+from salcl_jax.progress import Progress
+from salcl_jax.writer import Writer
 
 
 def open_writer(folder, resume_step=0, tensorboard=False, is_main=True):
@@ -144,7 +146,7 @@ class Clock:
 
 def test_plain_progress_lines_count_images_and_time(monkeypatch):
     clock, stream = Clock(), io.StringIO()
-    monkeypatch.setattr(writer.time, "monotonic", clock)
+    monkeypatch.setattr(progress_lib.time, "monotonic", clock)
     progress = Progress(1000, start=100, images_per_step=64, log_every=10, stream=stream)
     clock.now += 50  # compilation: not part of the rate
     progress.update(101, 2.0)

@@ -55,18 +55,20 @@ def open_source(spec: Mapping[str, Any]) -> Source:
     """Opens the source a plain dict describes.
 
     Keys, all but `kind` optional:
+
     - kind: 'tfds' | 'folder' | 'arrays' | 'scenes'; expected: number of examples, 0 = any.
     - tfds: name, split, data_dir. scenes: scenes (the dials), split, data_dir.
     - arrays: path (.npz or folder of .npy files, see arrays.py).
-    - folder: roots (one or several), and one at most of
-        annotations: COCO-style JSON with boxes, and difficult or ignore where an object is;
-        labels: CSV with columns file, label, maybe name;
-        regions: CSV with columns file, segment_files: human segmentations (see regions.py);
-        label_from_folder: the parent folder's name is the class.
-      split, where ('column=value[,column=value]'): rows of `labels` or `regions` to keep; other kinds
+    - folder: roots (one or several), and one at most of the four that follow.
+    - annotations: COCO-style JSON with boxes, and difficult or ignore where an object is.
+    - labels: CSV with columns file, label, maybe name.
+    - regions: CSV with columns file, segment_files: human segmentations (see regions.py).
+    - label_from_folder: the parent folder's name is the class.
+    - split, where ('column=value[,column=value]'): rows of `labels` or `regions` to keep; other kinds
       have no such rows.
-      list: text file, a photo to keep a line (relative path or bare name, maybe a label after it).
-      masks: folder of PNG label maps named as the photos.
+    - list: text file, a photo to keep a line (relative path or bare name, maybe a label after it).
+    - masks: folder of PNG label maps named as the photos.
+
     Raises ValueError or FileNotFoundError with one line.
     """
     kind = spec.get("kind", "")

@@ -16,6 +16,9 @@ def all_point(scores: np.ndarray, positive: np.ndarray) -> float:
 
     The envelope is the best precision at this recall or a larger one. What OpenSelfSup and ORL
     report for the SVMs on VOC07. Raises ValueError for scores that are NaN.
+
+    >>> round(all_point(np.array([0.9, 0.8, 0.7]), np.array([True, False, True])), 4)
+    0.8333
     """
     found, precision = _curve(scores, positive)
     return _area(found, np.maximum.accumulate(precision[::-1])[::-1])

@@ -33,6 +33,10 @@ def knn_scores(
 
     A neighbour votes with exp(cosine / temperature); rows sum to 1. `k` is clipped to n. Memory
     holds `chunk` rows of the m x n cosines at a time. (InstDisc, arXiv 1805.01978.)
+
+    >>> features, labels = np.eye(3, dtype=np.float32), np.array([0, 1, 1])
+    >>> knn_scores(features, labels, features[:1], num_classes=2, k=1).tolist()
+    [[1.0, 0.0]]
     """
     k = min(k, len(train_features))
     cosine, index = nearest(np.asarray(train_features), np.asarray(test_features), k, chunk=chunk)

@@ -44,7 +44,12 @@ def intersection_area(a: Float[Array, "*#n 4"], b: Float[Array, "*#n 4"]) -> Flo
 
 
 def iou(a: Float[Array, "*#n 4"], b: Float[Array, "*#n 4"]) -> Float[Array, "..."]:
-    """Intersection over union in [0, 1], box by box, broadcast as above; 0 where both are empty."""
+    """Intersection over union in [0, 1], box by box, broadcast as above; 0 where both are empty.
+
+    >>> left, whole = jnp.array([0.0, 0.0, 1.0, 0.5]), jnp.array([0.0, 0.0, 1.0, 1.0])
+    >>> float(iou(left, whole))
+    0.5
+    """
     inter = intersection_area(a, b)
     union = area(a) + area(b) - inter
     return jnp.where(union > 0.0, inter / jnp.where(union > 0.0, union, 1.0), 0.0)
@@ -60,6 +65,9 @@ def clip_inside(boxes: Float[Array, "*n 4"], min_size: float) -> Float[Array, "*
 
     A box is never cut: one that sticks out keeps its size and moves, unless it is larger than the
     canvas. Sides below min_size (a flipped box's too) grow about the centre.
+
+    >>> clip_inside(jnp.array([[0.75, 0.0, 1.25, 0.5]]), 0.25).tolist()
+    [[0.5, 0.0, 1.0, 0.5]]
     """
     center, size = center_size(boxes)
     size = jnp.clip(size, min_size, 1.0)
@@ -96,6 +104,10 @@ def mean_inside(maps: Float[Array, "b h w"], boxes: Float[Array, "b n 4"]) -> Fl
     """Exact mean of a map, constant within each of its cells, over the part of a box on the canvas.
 
     Differentiable in both. A degenerate box reads the map at its centre; off the canvas it is 0.
+
+    >>> bright_right_half = jnp.array([[[0.0, 1.0]]])
+    >>> mean_inside(bright_right_half, jnp.array([[[0.0, 0.5, 1.0, 1.0], [0.0, 0.25, 1.0, 0.75]]])).tolist()
+    [[1.0, 0.5]]
     """
     rows, cols = grid_overlap(boxes, maps.shape[1], maps.shape[2])
     total = jnp.einsum("bhw,bnh,bnw->bn", maps, rows, cols, precision=jax.lax.Precision.HIGHEST)

@@ -54,6 +54,11 @@ def random_resized_crop_boxes(
     `area` bounds the box's share of the photo, `ratio` its width / height in pixels of the photo,
     `aspect` is the photo's own width / height. Drawn once, sides then clamped to the photo, as in
     BYOL's code. Image i uses the i-th split of `key`, so draws do not depend on the device count.
+
+    >>> boxes = random_resized_crop_boxes(jax.random.key(0), jnp.array([1.5]), 2, (0.25, 0.25), (1.0, 1.0))
+    >>> y0, x0, y1, x1 = boxes[0, 0]
+    >>> print(((y1 - y0) * (x1 - x0)).round(3), (1.5 * (x1 - x0) / (y1 - y0)).round(3))
+    0.25 1.0
     """
 
     def draw(key, aspect):
@@ -75,6 +80,9 @@ def center_boxes(aspect: Float[Array, "b"], share: float = 0.875) -> Float[Array
 
     aspect: width / height of the photos that fill the canvases. The default shows what resizing the
     shorter side to 256 pixels and cutting out the central 224 shows.
+
+    >>> center_boxes(jnp.array([2.0]), share=1.0).tolist()
+    [[0.0, 0.25, 1.0, 0.75]]
     """
     size = share * jnp.stack([jnp.minimum(aspect, 1.0), jnp.minimum(1.0 / aspect, 1.0)], axis=-1)
     return box_ops.from_center_size(jnp.full_like(size, 0.5), size)

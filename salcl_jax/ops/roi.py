@@ -40,6 +40,12 @@ def from_map(
     uniformly filled rectangle); min_size, max_size: bounds of a side in canvas sides; min_peak: a region
     is valid while the strongest cell left is at least this share of the strongest of all. A flat map has
     only invalid regions.
+
+    >>> maps = jnp.zeros((1, 8, 8)).at[0, 1:3, 5:7].set(1.0)  # one bright square
+    >>> rois = from_map(maps, count=2, temperature=0.05, level=0.25, window=0.15, extent=1.0,
+    ...                 min_size=0.1, max_size=0.9, min_peak=0.4)
+    >>> [round(float(side), 1) for side in rois.boxes[0, 0]], rois.valid[0].tolist()
+    ([0.1, 0.6, 0.4, 0.9], [True, False])
     """
     mass = _mass(maps, level)
     strongest = jnp.max(mass, axis=(1, 2))

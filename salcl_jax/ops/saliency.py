@@ -57,7 +57,11 @@ def attention(weights: Float[Array, "b n h w"]) -> Float[Array, "b h w"]:
 
 
 def normalize(maps: Float[Array, "b h w"]) -> Float[Array, "b h w"]:
-    """Stretch each map to [0, 1]; a flat map becomes all ones, with zero gradient, never NaN."""
+    """Stretch each map to [0, 1]; a flat map becomes all ones, with zero gradient, never NaN.
+
+    >>> normalize(jnp.array([[[2.0, 3.0, 4.0]], [[5.0, 5.0, 5.0]]])).tolist()
+    [[[0.0, 0.5, 1.0]], [[1.0, 1.0, 1.0]]]
+    """
     # To magnitude 1 first: the gradient of the division squares the span, which would underflow. The result
     # does not depend on the magnitude, so it needs no gradient.
     magnitude = jax.lax.stop_gradient(jnp.max(jnp.abs(maps), axis=(1, 2), keepdims=True))
