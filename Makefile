@@ -1,6 +1,6 @@
 # make demo [WORKDIR=DIR]   a run on built-in scenes: pictures and figures in a few minutes
 # make test                 the tests
-# make faults               injects every fault, long ones too, and prints what happened
+# make faults               injects every fault, then trains for two hours, and prints what happened
 # make lint                 ruff
 # make docs                 guides and reference as pages in docs/_build; a warning is an error
 # make notebooks            launch/colab/*.ipynb from their text forms
@@ -22,7 +22,8 @@ test: $(VENV)/.tests-installed
 faults: export FAULT_TABLE = $(abspath $(VENV)/faults.jsonl)
 faults: $(VENV)/.tests-installed
 	@rm -f $(FAULT_TABLE)
-	$(RUN) -m pytest -m fault -n 2 --dist loadgroup; code=$$?; $(RUN) tests/print_faults.py $(FAULT_TABLE); exit $$code
+	$(RUN) -m pytest -m fault -n 2 --dist loadgroup; code=$$?; $(RUN) -m pytest -m long || code=$$?; \
+		$(RUN) tests/print_faults.py $(FAULT_TABLE); exit $$code
 
 lint: $(VENV)/.tests-installed
 	$(RUN) -m ruff check .

@@ -65,6 +65,8 @@ def nothing_else(rest: list[str]) -> None:
 
 def writable(flag: str, path: str) -> None:
     """Raise `flags.Error` where a folder cannot be made at `path`; buckets are not looked at."""
+    if path.startswith("~"):  # shells leave it alone behind `--flag=`
+        raise flags.Error(f"--{flag}={path}: write the folder in full, such as {os.path.expanduser(path)}")
     above = os.path.abspath(path)
     while not os.path.exists(above):
         above = os.path.dirname(above)
@@ -73,7 +75,13 @@ def writable(flag: str, path: str) -> None:
 
 
 def eval_folder(checkpoint: str) -> str:
-    """Where the figures of a checkpoint go: 'eval' in its workdir, or FILE-eval beside a file of weights."""
+    """Where the figures of a checkpoint go.
+
+    'eval' in its workdir; FILE-eval beside a file of weights; on a bucket ./eval/BUCKET_NAME, as plots
+    are written to disks only.
+    """
+    if "://" in checkpoint:
+        return os.path.abspath(os.path.join("eval", checkpoint.split("://")[1].strip("/").replace("/", "_")))
     workdir = os.path.abspath(os.path.expanduser(checkpoint))
     if os.path.isfile(workdir):
         return f"{os.path.splitext(workdir)[0]}-eval"

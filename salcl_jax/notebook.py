@@ -3,6 +3,7 @@
 A run is a process of its own: a TPU belongs to one process, so the notebook's must not use jax before.
 """
 
+import contextlib
 import json
 import os
 import signal
@@ -27,10 +28,11 @@ def train(arguments: Sequence[str], workdir: str, *, every: float = 5.0) -> int:
     Its output goes to WORKDIR/output.txt, whose last lines are printed. Returns the exit code (0 or 75);
     RuntimeError for any other.
     """
+    workdir = os.path.expanduser(workdir)
     folder = Path(workdir)
     folder.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "salcl_jax.main", *arguments, f"--workdir={workdir}"]
-    with open(folder / "output.txt", "w", encoding="utf-8") as output:
+    with open(folder / "output.txt", "a", encoding="utf-8") as output:
         # A session of its own: an interrupt of the kernel must not reach the run as a second signal.
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
         print("starting; the first figures come when the step is compiled", flush=True)
@@ -59,20 +61,27 @@ def command(arguments: Sequence[str], *, seconds: float = 0) -> None:
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "stdin": subprocess.DEVNULL}
     process = subprocess.Popen(arguments, text=True, errors="replace", start_new_session=True, **pipes)
     late = []
-    timer = threading.Timer(seconds, lambda: (late.append(1), os.killpg(process.pid, signal.SIGTERM)))
+    timer = threading.Timer(seconds, lambda: (late.append(1), _end(process)))
     if seconds:
         timer.start()
     try:
         for line in process.stdout:
             print(line, end="", flush=True)
         code = process.wait()
+    except BaseException:
+        _end(process)
+        raise
     finally:
         timer.cancel()
-        if process.poll() is None:  # its children too: ssh would go on holding the output
-            os.killpg(process.pid, signal.SIGTERM)
         process.wait()
     if code and not late:
         raise subprocess.CalledProcessError(code, list(arguments))
+
+
+def _end(process: subprocess.Popen) -> None:
+    """SIGTERM to a process and its children, which may outlive it: ssh would go on holding the output."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGTERM)
 
 
 def show(*pictures: np.ndarray | Any) -> None:

@@ -36,15 +36,12 @@ class Tracker:
     """
 
     def __init__(self, name: str, workdir: str, resume_step: int):
-        self._name, self._told, self._next = name, False, 0.0
+        self._name, self._workdir, self._resumed = name, workdir, resume_step > 0
+        self._told, self._next = False, 0.0
         self._run: Any = None
-        file = epath.Path(workdir) / _IDS
+        self._config: Mapping[str, Any] = {}
         with self._guarded():
-            ids = _read(file)
-            old = ids.get(name) if resume_step else None
-            self._run = _open(name, workdir, old)
-            if self._run.id != old:
-                file.write_text(json.dumps(ids | {name: self._run.id}) + "\n")
+            self._begin()
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Figures of a step; those that are not finite are left out."""
@@ -57,6 +54,7 @@ class Tracker:
 
     def config(self, values: Mapping[str, Any]) -> None:
         """The configuration, in JSON's types."""
+        self._config = values
         self._do(lambda run: run.config(values))
 
     def summary(self, values: Mapping[str, Any]) -> None:
@@ -65,12 +63,25 @@ class Tracker:
 
     def close(self, failed: bool = False) -> None:
         """Hand over what is left and end the run there; `failed`: ours did not reach its end."""
-        self._next = 0.0
-        self._do(lambda run: run.close(failed))
+        if self._run is not None:
+            self._next = 0.0
+            self._do(lambda run: run.close(failed))
+
+    def _begin(self) -> None:
+        file = epath.Path(self._workdir) / _IDS
+        ids = _read(file)
+        old = ids.get(self._name) if self._resumed else None
+        run = _open(self._name, self._workdir, old)
+        if run.id != old:
+            file.write_text(json.dumps(ids | {self._name: run.id}) + "\n")
+        self._run = run
 
     def _do(self, action: Callable[[Any], None]) -> None:
-        if self._run is not None and time.monotonic() >= self._next:
+        if time.monotonic() >= self._next:
             with self._guarded():
+                if self._run is None:  # could not be opened so far
+                    self._begin()
+                    self._run.config(self._config)
                 action(self._run)
 
     @contextlib.contextmanager

@@ -19,7 +19,7 @@ class WandbRun:
         import wandb
 
         settings = wandb.Settings(
-            console="off", quiet=True, reinit="create_new", login_timeout=60, finish_timeout=600
+            console="off", quiet=True, reinit="create_new", login_timeout=60, finish_timeout=60
         )
         self._wandb = wandb
         self._run = wandb.init(
@@ -46,5 +46,5 @@ class WandbRun:
         self._run.summary.update(dict(values))
 
     def close(self, failed: bool) -> None:
-        """Send what is left, for ten minutes at most."""
+        """Send what is left: for a minute at most, as a run that was told to end has little time."""
         self._run.finish(exit_code=int(failed))

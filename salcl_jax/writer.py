@@ -101,12 +101,13 @@ class Writer:
 
     def close(self, failed: bool = False) -> None:
         """Flush everything; `failed`: the run did not reach its end."""
-        if self._main:
-            self._lines.flush()
-        if self._board is not None:
-            self._board.close()
-        for tracker in self._trackers:
-            tracker.close(failed)
+        with contextlib.ExitStack() as stack:  # all of them, whichever fails
+            for tracker in self._trackers:
+                stack.callback(tracker.close, failed)
+            if self._board is not None:
+                stack.callback(self._board.close)
+            if self._main:
+                self._lines.flush()
 
     def _json(self, name: str, values: Mapping[str, Any]) -> None:
         if self._main:

@@ -124,6 +124,7 @@ def test_results_go_beside_the_run(tmp_path, given):
 def test_results_of_a_file_go_beside_it(tmp_path):
     (tmp_path / "r50.pth").touch()
     assert cli.eval_folder(str(tmp_path / "r50.pth")) == str(tmp_path / "r50-eval")
+    assert cli.eval_folder("gs://bucket/runs/one/") == os.path.abspath("eval/bucket_runs_one")
 
 
 def test_an_error_in_a_later_task_loses_nothing(tmp_path, monkeypatch):

@@ -62,6 +62,7 @@ def test_a_missing_or_useless_workdir(tmp_path):
     (tmp_path / "file").write_text("")
     line = error_of(SCENES, f"--workdir={tmp_path / 'file' / 'run'}", platform="nonesuch")
     assert "is not a folder that can be written to" in line
+    assert "write the folder in full" in error_of(SCENES, "--workdir=~/run", platform="nonesuch")
 
 
 def test_a_tracker_that_is_not_installed(tmp_path):

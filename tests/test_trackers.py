@@ -238,6 +238,39 @@ def test_a_tracker_that_cannot_be_opened_is_one_warning(name, tmp_path, monkeypa
     assert json.loads((tmp_path / "summary.json").read_text()) == {"x": 1}
 
 
+class Listening:
+    """A run at a tracker that takes everything."""
+
+    id = "7"
+
+    def __init__(self):
+        self.heard = []
+
+    def __getattr__(self, name):
+        return lambda *given: self.heard.append((name, given[0]))
+
+
+def test_a_tracker_that_could_not_be_opened_is_tried_again_later(tmp_path, monkeypatch, caplog):
+    now, run, answers = [1000.0], Listening(), [ConnectionError("no route"), None]
+
+    def open_(*_):
+        if (error := answers.pop(0)) is not None:
+            raise error
+        return run
+
+    monkeypatch.setattr(trackers, "_open", open_)
+    monkeypatch.setattr(trackers.time, "monotonic", lambda: now[0])
+    with caplog.at_level(logging.WARNING), open_writer(tmp_path, ["wandb"]) as out:
+        out.config(CONFIG)
+        out.scalars(1, {"x": 1.0})
+        assert len(answers) == 1 and run.heard == []
+        now[0] += trackers._PAUSE + 1
+        out.scalars(2, {"x": 2.0})
+    assert [name for name, _ in run.heard] == ["config", "scalars", "close"]
+    assert run.heard[0][1] == json.loads(json.dumps(CONFIG)) and run.heard[1][1] == 2
+    assert json.loads((tmp_path / "trackers.json").read_text()) == {"wandb": "7"} and len(caplog.records) == 1
+
+
 def test_half_a_list_of_runs_is_none(tmp_path, monkeypatch):
     monkeypatch.setattr(trackers, "_open", lambda name, workdir, old: Broken())
     (tmp_path / "trackers.json").write_text('{"wandb": "ab')

@@ -4,7 +4,9 @@ import ast
 import csv
 import json
 import os
+import re
 import runpy
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +17,7 @@ import pytest
 import weights_reference as reference
 from PIL import Image
 
+from salcl_jax.data.sources import open_source
 from salcl_jax.weights import outgoing, targets
 
 ROOT = Path(__file__).parents[1]
@@ -153,6 +156,31 @@ def test_the_crop_is_a_part_of_the_photo_of_the_asked_size(weights):
         spans.append(crop[-1] - crop[0])
     assert min(spans) < -8 and max(spans) > 8  # mirrored, and not
     assert max(map(abs, spans)) <= 60  # at most 4/3 of 40 px wide
+
+
+def test_the_command_in_the_guide_is_one(weights):
+    hf = SimpleNamespace(**runpy.run_path(str(FOLDER / "hf_classify.py")))
+    for text in ((FOLDER / "README.md").read_text(), hf.__doc__):
+        (line,) = re.findall(r"^python launch/transfer/hf_classify.py (.*)$", text, flags=re.M)
+        assert hf.parse(shlex.split(line)).labels == "labels.csv"
+
+
+def test_a_broken_photo_is_passed_over(weights, tmp_path, capsys):
+    hf = SimpleNamespace(**runpy.run_path(str(FOLDER / "hf_classify.py")))
+    coloured(tmp_path, 3)
+    (tmp_path / "green" / "1.png").write_bytes(b"no picture")
+    source = open_source({"kind": "folder", "roots": (str(tmp_path),), "label_from_folder": True})
+    prepare = transformers_of(weights)
+    found = [hf.Photos(source, prepare, crop)[i] for crop in (False, True) for i in range(len(source))]
+    assert [f["labels"] for f in found] == [0, 0, 0, 1, 1, 1] * 2
+    assert all(f["pixel_values"].shape == (3, 64, 64) for f in found)
+    assert capsys.readouterr().out.count("passed over: ") == 2
+
+
+def transformers_of(weights):
+    import transformers
+
+    return transformers.AutoImageProcessor.from_pretrained(weights)
 
 
 def test_classes_that_differ_stop_with_one_line(weights, tmp_path):

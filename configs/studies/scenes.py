@@ -26,7 +26,7 @@ def get_study(variant: str = "") -> Study:
 
     def config() -> lib.ConfigDict:
         c = lib.beside(__file__, "../scenes.py").get_config()
-        c.pairs.mix.cover = 0.0
+        c.pairs.mix.cover = c.pairs.mix.roi_jitter = 0.0
         c.eval.every, c.eval.linear, c.log.panels = 0.5, False, 0.0
         c.tasks.linear.protocol, c.tasks.localization.gallery = "lbfgs", 0
         c.tasks.baselines = ("untrained",)

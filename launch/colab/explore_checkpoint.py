@@ -9,6 +9,7 @@
 
 # %% cellView="form" tags=["parameters"]
 # @title Settings
+# @markdown On Colab: what `git clone` shall fetch this project from. Elsewhere it is not needed.
 REPOSITORY = ""  # @param {type: "string"}
 RUNTIME = "cpu"  # @param ["tpu", "cpu", "gpu"]
 DRIVE = False  # @param {type: "boolean"}
@@ -31,13 +32,17 @@ from pathlib import Path
 
 if "google.colab" in sys.modules:
     checkout, extra = "/content/checkout", {"tpu": "[tpu]", "gpu": "[cuda]", "cpu": ""}[RUNTIME]
+    if not REPOSITORY and not os.path.isdir(checkout):
+        raise SystemExit("set REPOSITORY above: the address from which git clones this project")
     if not os.path.isdir(checkout):
         subprocess.run(["git", "clone", "--quiet", REPOSITORY, checkout], check=True)
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "-e", checkout + extra]
     subprocess.run(pip, check=True)
     os.chdir(checkout)
 start = Path.cwd()
-root = next(folder for folder in (start, *start.parents) if (folder / "salcl_jax" / "main.py").exists())
+root = next((p for p in (start, *start.parents) if (p / "salcl_jax" / "main.py").exists()), None)
+if root is None:
+    raise SystemExit(f"{start} is not in a checkout of the project: start Jupyter there")
 os.chdir(root)
 sys.path.insert(0, str(root))
 

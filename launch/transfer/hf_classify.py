@@ -18,6 +18,8 @@ from PIL import Image
 from salcl_jax.data import decode
 from salcl_jax.data.sources import Source, open_source
 
+MAX_PIXELS = 200_000_000  # of a photo; larger ones are passed over
+
 
 class Photos(torch.utils.data.Dataset):
     """A labelled source as Trainer wants it: pixel_values [3, s, s] and a label."""
@@ -30,14 +32,25 @@ class Photos(torch.utils.data.Dataset):
         return len(self.source)
 
     def __getitem__(self, i: int) -> dict:
-        example = self.source.read(i)
-        photo = decode.decode(example["encoded"], self.size).image
+        example, photo = self._usable(i)
         if self.crop:  # the processor's resize and crop change nothing any more
             photo = random_crop(photo, self.size)
             pixels = self.prepare(photo, do_resize=False, return_tensors="pt")
         else:
             pixels = self.prepare(photo, return_tensors="pt")
         return {"pixel_values": pixels["pixel_values"][0], "labels": example["label"]}
+
+
+    def _usable(self, i: int) -> tuple[dict, Image.Image]:
+        """Photo i, or the next one that can be read; OSError where none of a hundred can."""
+        for k in range(100):
+            try:
+                example = self.source.read((i + k) % len(self))
+                # Twice the side: a crop is a part of the photo, and the processor shrinks the whole.
+                return example, decode.decode(example["encoded"], 2 * self.size, max_pixels=MAX_PIXELS).image
+            except (decode.SkipImage, OSError) as error:
+                print(f"passed over: {self.source.place(i + k)}: {error}", flush=True)
+        raise OSError(f"{self.source.name}: a hundred photos in a row cannot be read")
 
 
 def random_crop(photo: Image.Image, size: int) -> Image.Image:
@@ -65,7 +78,7 @@ def open_photos(options: argparse.Namespace) -> tuple[Source, Source]:
         spec, folders = {"kind": "folder", "label_from_folder": True}, ("train", "val")
         train, test = (open_source(spec | {"roots": (os.path.join(options.photos, f),)}) for f in folders)
     if train.class_names != test.class_names:
-        raise SystemExit(f"error: {options.photos}: the classes of train and val differ")
+        raise ValueError(f"{options.photos}: the classes of train and val differ")
     return train, test
 
 
@@ -128,4 +141,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    print(fine_tune(parse()))
+    try:
+        print(fine_tune(parse()))
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"error: {' '.join(str(error).split())}") from error

@@ -7,6 +7,7 @@ Detectron2's own command-line options hold; the data lie where its variable DETE
 
 import os
 
+from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import get_cfg
 from detectron2.engine import DefaultTrainer, default_argument_parser, default_setup, launch
 from detectron2.evaluation import COCOEvaluator, PascalVOCDetectionEvaluator
@@ -43,9 +44,13 @@ def main(args):
     cfg.merge_from_list(args.opts)
     cfg.freeze()
     default_setup(cfg, args)
+    if args.eval_only:  # --resume: the last checkpoint in OUTPUT_DIR, else MODEL.WEIGHTS
+        model = Trainer.build_model(cfg)
+        DetectionCheckpointer(model, cfg.OUTPUT_DIR).resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
+        return Trainer.test(cfg, model)
     trainer = Trainer(cfg)
-    trainer.resume_or_load(resume=args.resume or args.eval_only)
-    return Trainer.test(cfg, trainer.model) if args.eval_only else trainer.train()
+    trainer.resume_or_load(resume=args.resume)
+    return trainer.train()
 
 
 if __name__ == "__main__":
