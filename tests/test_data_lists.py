@@ -130,6 +130,22 @@ def test_faults_of_lists_are_told_in_one_line(folder, text, error):
     assert "\n" not in str(caught.value) and "list.txt" in str(caught.value)
 
 
+@pytest.mark.parametrize("kind", ["list", "labels"])
+def test_a_number_too_large_for_a_class_is_told(folder, kind):
+    """The names of all classes up to it would fill the memory."""
+    folder, _ = folder
+    table = folder / "table"
+    spec = {"kind": "folder", "roots": str(folder / "x"), kind: str(table)}
+    for number in (999_999, 1_000_000, 10**30):
+        table.write_text(f"a.JPEG {number}\n" if kind == "list" else f"file,label\nn01/a.JPEG,{number}\n")
+        if number < 1_000_000:
+            assert sources.open_source(spec).class_names[-1] == "999999"
+            continue
+        with pytest.raises(ValueError, match=f"{table}: label {number} is no class") as caught:
+            sources.open_source(spec)
+        assert "\n" not in str(caught.value)
+
+
 def test_a_list_that_is_not_there_and_labels_beside_boxes(folder):
     folder, _ = folder
     with pytest.raises(FileNotFoundError, match="no.txt: cannot be read"):

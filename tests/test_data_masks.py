@@ -3,6 +3,7 @@
 import io
 import json
 import pathlib
+import types
 
 import numpy as np
 import pytest
@@ -233,6 +234,28 @@ def test_masks_of_the_built_in_scenes_are_classes(tmp_path, monkeypatch, install
         for mask, kind in zip(scene["masks"], scene["classes"], strict=True):
             wanted[mask] = kind + 1
         np.testing.assert_array_equal(batch["masks"][i], wanted)
+
+
+def test_numbers_without_objects_are_no_masks(tmp_path):
+    """A tfds data set with a map of instances, but nothing that tells their classes."""
+    tf, tfds = pytest.importorskip("tensorflow"), pytest.importorskip("tensorflow_datasets")
+    from salcl_jax.data import tfds_source
+
+    write(tmp_path / "photo.png", np.zeros((8, 8, 3), np.uint8))
+    png = tf.train.Feature(bytes_list=tf.train.BytesList(value=[(tmp_path / "photo.png").read_bytes()]))
+    example = tf.train.Example(features=tf.train.Features(feature={"image": png, "instances": png}))
+    with tf.io.TFRecordWriter(str(tmp_path / "0.tfrecord")) as writer:
+        writer.write(example.SerializeToString())
+    file = types.SimpleNamespace(filename=str(tmp_path / "0.tfrecord"), skip=0, take=1)
+    info = types.SimpleNamespace(
+        features={"image": None, "instances": tfds.features.Image(shape=(8, 8, 1))},
+        splits={"train": types.SimpleNamespace(file_instructions=[file])},
+        file_format=types.SimpleNamespace(value="tfrecord"), full_name="made/1.0.0",
+    )  # fmt: skip
+    source = tfds_source.open_builder(types.SimpleNamespace(info=info), "train")
+    assert set(source.read(0)) == {"encoded"} and not source.has_masks
+    with pytest.raises(ValueError, match="has no masks"):
+        next(iter(eval_batches(source, batch_size=1, canvas=8, with_masks=True)))
 
 
 def with_masks(folder, name):

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import pathlib
+import zipfile
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -222,6 +223,11 @@ def test_arrays_of_another_shape_are_refused(tmp_path):
     np.savez(tmp_path / "odd.npz", image=np.zeros((4, 8, 8, 3), np.uint8), label=np.arange(3))
     with pytest.raises(ValueError, match="label has 3 rows"):
         arrays.load(str(tmp_path / "odd.npz"))
+    np.savez_compressed(tmp_path / "text.npz", image=np.zeros((4, 8, 8, 3), np.uint8))
+    with zipfile.ZipFile(tmp_path / "text.npz", "a") as archive:
+        archive.writestr("label.npy", "no array")
+    with pytest.raises(ValueError, match="text.npz: cannot be read .label is no array"):
+        arrays.load(str(tmp_path / "text.npz"))
 
 
 def test_masked_crc_of_known_vectors():

@@ -1,8 +1,11 @@
 """Weights in: published layouts under any prefix, our own exports, what is refused and what is never run."""
 
 import argparse
+import json
 import sys
+import zipfile
 
+import broken
 import jax
 import numpy as np
 import pytest
@@ -283,6 +286,54 @@ def test_other_files_are_one_line(suffix, content, c, shapes, tmp_path):
     with pytest.raises(ValueError, match="cannot be read") as caught:
         load(tmp_path / f"w{suffix}", shapes, c)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("form", ["w.pth", "w.safetensors", "w.npz", "compressed.npz"])
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+def test_damaged_files_are_read_or_told_in_one_line(form, tmp_path):
+    pytest.importorskip("safetensors")
+    file, told = tmp_path / form, 0
+    arrays = {f"layer{i}.weight": np.random.default_rng(i).random((4, 5), np.float32) for i in range(3)}
+    files.write(file, arrays, {"step": 1})
+    if form == "compressed.npz":
+        np.savez_compressed(file, **arrays)
+    whole = file.read_bytes()
+    for bad in (bad for seed in range(8) for bad in broken.mutations(whole, seed)):
+        file.write_bytes(bad)
+        try:
+            files.read(str(file))
+        except ValueError as error:
+            assert "\n" not in str(error) and str(file) in str(error)
+            told += 1
+    assert told > 100
+
+
+def test_a_file_with_something_else_beside_the_arrays_is_one_line(tmp_path):
+    np.savez(tmp_path / "w.npz", x=np.ones(2))
+    with zipfile.ZipFile(tmp_path / "w.npz", "a") as archive:
+        archive.writestr("notes.txt", "text")
+    with pytest.raises(ValueError, match="w.npz cannot be read: .*notes.txt is no array"):
+        files.read(str(tmp_path / "w.npz"))
+
+
+GOOD = {"name": "resnet18", "width": 8, "stem": "imagenet"}
+RECORDS = [[1], "text", None, {"model": None}, {"model": "resnet18"}, {"model": {}}, {"model": [1]},
+           *({"model": {n: x for n, x in GOOD.items() if n != name}} for name in GOOD),
+           {"model": GOOD | {"name": 3}}, {"model": GOOD | {"width": "8"}}, {"model": GOOD | {"width": True}},
+           {"model": GOOD | {"stem": ["imagenet"]}}]  # fmt: skip
+
+
+@pytest.mark.parametrize("about", RECORDS, ids=str)
+@pytest.mark.parametrize("suffix", [".npz", ".safetensors"])
+def test_a_record_of_another_form_is_one_line(suffix, about, c, shapes, tmp_path):
+    file, arrays, record = tmp_path / f"w{suffix}", {"x": np.ones(2, np.float32)}, json.dumps(about)
+    if suffix == ".npz":
+        np.savez(file, **arrays, **{files.KEY: np.array(record)})
+    else:
+        pytest.importorskip("safetensors.numpy").save_file(arrays, file, metadata={files.KEY: record})
+    with pytest.raises(ValueError, match="its record") as caught:
+        load(file, shapes, c)
+    assert "\n" not in str(caught.value) and str(file) in str(caught.value)
 
 
 def test_an_array_type_that_numpy_lacks_is_one_line(tmp_path):

@@ -1,8 +1,8 @@
 """Columns of numpy arrays: an .npz file or a folder of .npy files; images and masks are read row by row.
 
-`image` is uint8 [n, s, s, 3]; optional: `label` [n], `boxes` [n, k, 4] (zero rows = padding),
-`classes` [n, k], `class_names` [c], `mask` uint8 [n, h, w] (0 background, 255 unknown, else a class
-or the number of an object).
+`image` is uint8 [n, s, s, 3]; optional: `label` integers [n] (-1 unknown), `boxes` numbers [n, k, 4] (zero
+rows = padding), `classes` integers [n, k], `class_names` strings [c], `mask` uint8 [n, h, w] (0
+background, 255 unknown, else a class or the number of an object).
 """
 
 import dataclasses
@@ -15,6 +15,14 @@ import numpy as np
 from salcl_jax.data.files import stats
 
 _LARGE = ("image", "mask")  # columns that may be larger than the memory
+_INTEGER = np.typecodes["AllInteger"]
+_COLUMNS = {  # characters of its dtypes, number of axes, what a message asks for
+    "label": (_INTEGER, 1, "integers [n]"),
+    "boxes": (_INTEGER + np.typecodes["Float"], 3, "numbers [n, k, 4]"),
+    "classes": (_INTEGER, 2, "integers [n, k], one a box"),
+    "class_names": ("U", 1, "strings [c]"),
+    "mask": ("B", 3, "uint8 [n, h, w]"),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,13 +65,24 @@ def load(path: str) -> dict[str, np.ndarray | Rows]:
     image = columns.get("image")
     if image is None or image.dtype != np.uint8 or image.ndim != 4 or image.shape[-1] != 3:
         raise ValueError(f"{path}: needs a column image, uint8 [n, h, w, 3]")
-    for name in ("label", "boxes", "classes", "mask"):
-        if name in columns and len(columns[name]) != len(image):
-            raise ValueError(f"{path}: {name} has {len(columns[name])} rows, image {len(image)}")
-    mask = columns.get("mask")
-    if mask is not None and (mask.dtype != np.uint8 or mask.ndim != 3):
-        raise ValueError(f"{path}: mask is {mask.dtype} {list(mask.shape)}; store uint8 [n, h, w]")
+    for name in _COLUMNS:
+        if name in columns:
+            _check(path, name, columns)
     return columns
+
+
+def _check(path: str, name: str, columns: dict[str, np.ndarray | Rows]) -> None:
+    """Raise ValueError for a column that its readers could not use."""
+    column, (chars, axes, wanted) = columns[name], _COLUMNS[name]
+    fits = column.dtype.char in chars and column.ndim == axes
+    if name == "boxes":
+        fits = fits and column.shape[-1] == 4
+    if name == "classes" and "boxes" in columns:  # which were checked before
+        fits = fits and column.shape[1] == columns["boxes"].shape[1]
+    if not fits:
+        raise ValueError(f"{path}: {name} is {column.dtype} {list(column.shape)}; store {wanted}")
+    if name != "class_names" and len(column) != len(columns["image"]):
+        raise ValueError(f"{path}: {name} has {len(column)} rows, image {len(columns['image'])}")
 
 
 def identity(path: str) -> list:
@@ -97,6 +116,8 @@ def _load_npz(path: str) -> dict[str, np.ndarray | Rows]:
             name = member.filename.removesuffix(".npy")
             rows = _stored(path, member) if name in _LARGE else None
             columns[name] = packed[name] if rows is None else rows
+            if isinstance(columns[name], bytes):  # numpy hands on what is no array
+                raise ValueError(f"{name} is no array")
     return columns
 
 

@@ -81,7 +81,8 @@ def by_class(mask: np.ndarray | None, classes: np.ndarray | None) -> np.ndarray 
     if mask is None or classes is None:
         return mask
     table = np.arange(256).astype(np.uint8)
-    table[1 : len(classes) + 1] = np.asarray(classes) + 1
+    known = np.asarray(classes)[:255]  # a byte numbers no more
+    table[1 : len(known) + 1] = known + 1
     return table[mask]
 
 

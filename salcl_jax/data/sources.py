@@ -130,8 +130,9 @@ def _arrays(spec: Mapping[str, Any]) -> Source:
         return example
 
     names = tuple(str(name) for name in columns.get("class_names", ()))
-    if not names and label is not None and len(label):
-        names = tuple(str(number) for number in range(int(np.max(label)) + 1))
+    if label is not None and len(label):
+        numbered = tables.numbered_names(label.tolist(), path)  # of use beside names: the numbers are checked
+        names = names or numbered
     has = label is not None, boxes is not None, mask is not None
     digest = functools.cache(lambda: files.digest(arrays.identity(path)))
     return Source(path, "arrays", names, len(image), read, *has, digest)

@@ -11,6 +11,7 @@ import numpy as np
 from salcl_jax.data.files import escapes, locate, read_text, stats
 
 _SHOWN = 12  # values a message lists
+_CLASSES = 1_000_000  # a larger number is no class, and the names up to it would fill the memory
 
 
 class Table(NamedTuple):
@@ -19,6 +20,18 @@ class Table(NamedTuple):
     files: list[str]
     columns: dict[str, list]
     class_names: tuple[str, ...] = ()
+
+
+def numbered_names(numbers: Sequence[int], where: str) -> tuple[str, ...]:
+    """Names '0', '1', ... of the classes with these numbers, of which -1 is an unknown one.
+
+    where: begins the line of the ValueError that is raised for other numbers.
+    """
+    low, high = min(numbers), max(numbers)
+    if low < -1 or high >= _CLASSES:
+        odd = low if low < -1 else high
+        raise ValueError(f"{where}: label {odd} is no class; use numbers from 0 to {_CLASSES - 1}")
+    return tuple(str(number) for number in range(high + 1))
 
 
 def folder_labels(files: list[str]) -> Table:
@@ -104,7 +117,7 @@ def _boxes_json(path: str) -> dict[str, Any]:
 def labels(path: str, roots: tuple[str, ...], files: list[str], where: Sequence[tuple[str, str]]) -> Table:
     """Rows of a CSV file with columns file and label, those that `where` keeps."""
     rows = _rows(path, ("file", "label"), where)
-    numbers, names = _numbers(rows)  # before the choice of rows: all splits share one numbering
+    numbers, names = _numbers(rows, path)  # before the choice of rows: all splits share one numbering
     chosen = _choose(rows, where, path)
     bases = (os.path.dirname(path), *roots)
     found = locate([rows[i]["file"] for i in chosen], bases, files, path)
@@ -168,13 +181,13 @@ def _values(rows: list[dict], column: str) -> str:
     return ", ".join(values[:_SHOWN]) + (" ..." if len(values) > _SHOWN else "")
 
 
-def _numbers(rows: list[dict]) -> tuple[list[int], tuple[str, ...]]:
+def _numbers(rows: list[dict], path: str) -> tuple[list[int], tuple[str, ...]]:
     """Integer labels are kept, with `name` as class names if given; words are numbered."""
     words = [row["label"] for row in rows]
-    if words and all(word.isdigit() for word in words):
+    if words and all(word.isdecimal() for word in words):
         numbers = [int(word) for word in words]
         known = {label: row.get("name") for label, row in zip(numbers, rows, strict=True)}
-        return numbers, tuple(known.get(i) or str(i) for i in range(max(numbers) + 1))
+        return numbers, tuple(known.get(i) or name for i, name in enumerate(numbered_names(numbers, path)))
     names = tuple(sorted(set(words)))
     number = {name: i for i, name in enumerate(names)}
     return [number[word] for word in words], names
@@ -228,7 +241,7 @@ def _parse_list(path: str) -> list[tuple[str, int]]:
 def _relabel(table: Table, numbers: list[int], path: str) -> Table:
     if table.class_names and "label" not in table.columns:
         raise ValueError(f"{path}: has labels, and the photos have boxes with classes; drop one of the two")
-    names = tuple(str(i) for i in range(max(numbers) + 1))
+    names = numbered_names(numbers, path)
     if table.columns.get("label") == numbers:
         names = table.class_names  # the same numbering, so its names hold
     return Table(table.files, {**table.columns, "label": numbers}, names)

@@ -113,7 +113,9 @@ def open_builder(builder: Any, split: str, kind: str = "tfds") -> Source:
     fetch, size, place = _fetcher(shards, str(builder.info.file_format.value), name)
     has_labels = "label" in features
     has_boxes = "objects" in features and "bbox" in features["objects"]
-    has = has_labels, has_boxes, "instances" in features and _is_map(features["instances"])
+    # Without objects nothing tells the classes of the numbers in the map.
+    has_masks = has_boxes and "instances" in features and _is_map(features["instances"])
+    has = has_labels, has_boxes, has_masks
     parse = _parser(*has)
     digest = functools.cache(lambda: files.digest((name, _identity(shards))))
 

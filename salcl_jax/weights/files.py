@@ -7,7 +7,6 @@ Nothing that is read is ever run: pickles are opened by PyTorch's reader of plai
 import io
 import json
 import pickle
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -52,14 +51,27 @@ def read(path: str) -> tuple[Arrays, dict]:
         if suffix == ".npz":
             return _read_npz(data)
         return _read_safetensors(data) if suffix == ".safetensors" else (_read_torch(path, data), {})
-    except (ValueError, KeyError, EOFError, zipfile.BadZipFile, RuntimeError) as error:
+    except (ImportError, FileNotFoundError):
+        raise
+    except Exception as error:  # numpy, zipfile, zlib and torch raise a dozen types on damaged files
         raise ValueError(f"{path} cannot be read: {_first_line(error)}") from error
 
 
 def _read_npz(data: bytes) -> tuple[Arrays, dict]:
     with np.load(io.BytesIO(data), allow_pickle=False) as file:
         arrays = {name: file[name] for name in file.files}
-    return arrays, json.loads(str(arrays.pop(KEY, "{}")))
+    other = next((name for name, x in arrays.items() if not isinstance(x, np.ndarray)), None)
+    if other is not None:
+        raise ValueError(f"{other} is no array")
+    return arrays, _record(str(arrays.pop(KEY, "{}")))
+
+
+def _record(text: str) -> dict:
+    """What a file says of itself."""
+    about = json.loads(text)
+    if not isinstance(about, dict):
+        raise ValueError(f"its record is no dictionary but {text[:40]!r}")
+    return about
 
 
 def _read_safetensors(data: bytes) -> tuple[Arrays, dict]:
@@ -71,7 +83,7 @@ def _read_safetensors(data: bytes) -> tuple[Arrays, dict]:
     except Exception as error:  # an error class of its own
         raise ValueError(f"no safetensors file: {_first_line(error)}") from error
     header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-    return dict(arrays), json.loads(header.get("__metadata__", {}).get(KEY, "{}"))
+    return dict(arrays), _record(header.get("__metadata__", {}).get(KEY, "{}"))
 
 
 def _read_torch(path: str, data: bytes) -> Arrays:

@@ -25,6 +25,7 @@ _HEADS = {  # a prefix is followed by the names of the last linear layer and of 
     "openmmlab": (names.OPENMMLAB, "fc1.weight", "bn0.running_mean"),
 }
 _COUNTERS = ("num_batches_tracked",)
+_RECORD = {"name": str, "width": int, "stem": str}  # what a file of ours says of its network
 
 
 class Incoming(NamedTuple):
@@ -81,8 +82,13 @@ def describe(model: Any) -> str:
 
 
 def _check_record(path: str, about: Mapping, model: Any) -> None:
-    theirs = about.get("model")
-    if theirs and describe(theirs) != describe(model):
+    if "model" not in about:
+        return
+    theirs = about["model"]
+    if not isinstance(theirs, dict) or any(type(theirs.get(n)) is not kind for n, kind in _RECORD.items()):
+        said = repr(str(theirs)[:80])
+        raise ValueError(f"{path}: its record lacks the network's name, width or stem ({said}); export again")
+    if describe(theirs) != describe(model):
         fields = ("name",) if theirs["name"].startswith("vit") else ("name", "width", "stem")
         flags = " ".join(f"--config.model.{name}={theirs[name]}" for name in fields)
         raise ValueError(f"{path} is {describe(theirs)}, here is {describe(model)}: give {flags}")
