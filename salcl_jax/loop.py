@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from salcl_jax import config as config_lib
-from salcl_jax import peers, sharding
+from salcl_jax import memory, peers, sharding
 from salcl_jax.compilations import Compilations
 from salcl_jax.data.pipeline import train_batches
 from salcl_jax.data.sources import Source
@@ -99,6 +99,7 @@ class Run:
         if step % r.panels_every == 0 or last:
             self._draw(step, state)
         self._save(step, state, force=step == 1 or last)  # a save that fails shall fail at once
+        memory.give_back()
 
     def _record(self, step: int, measured: dict, waited: float, state: TrainState) -> None:
         """Take in one step's figures; stops the run when they are not finite."""
