@@ -99,7 +99,8 @@ class Run:
         if step % r.panels_every == 0 or last:
             self._draw(step, state)
         self._save(step, state, force=step == 1 or last)  # a save that fails shall fail at once
-        memory.give_back()
+        if last or step % r.eval_every == 0 or step % r.checkpoint_every == 0:
+            memory.give_back()
 
     def _record(self, step: int, measured: dict, waited: float, state: TrainState) -> None:
         """Take in one step's figures; stops the run when they are not finite."""

@@ -2,14 +2,16 @@
 
 import ctypes
 import functools
+import gc
 from collections.abc import Callable
 
 
 def give_back() -> None:
-    """Return freed pages; saves and evaluations leave gaps, by which a process of days would grow.
+    """Collect cycles, which Python does rarely and which hold whole evaluations, and return freed pages.
 
-    Does nothing where the C library is not glibc.
+    Pages are returned where the C library is glibc: saves leave gaps by which a process of days would grow.
     """
+    gc.collect()
     trim = _trim()
     if trim is not None:
         trim(0)

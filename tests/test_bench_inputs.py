@@ -64,7 +64,7 @@ def test_the_report_is_complete_and_agrees_with_itself(config):
     for name in ("threads", "tf.data"):
         for n in backend:
             median = report["backends"][name][n]["ratio"]["median"]
-            assert re.search(rf"^{re.escape(name)} +{n} .* {median:.2f} \(", text, re.MULTILINE)
+            assert re.search(rf"^{re.escape(name)} +{n} .*{median:.2f} \(", text, re.MULTILINE)
     assert f"{need['fast']:.1f} at fast" in text and "target 0.9" in text and "target 1.8" in text
     shown = text.replace(report["source"], "PHOTOS")  # whose path may be of any length
     assert max(map(len, shown.splitlines())) < 140
