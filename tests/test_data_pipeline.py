@@ -1,16 +1,20 @@
 """Order, windows, skipping, and batches that follow from (seed, step) alone."""
 
+import gc
 import io
 import itertools
 import pathlib
 import subprocess
 import sys
+import time
+import weakref
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from salcl_jax.data import pipeline as p
+from salcl_jax.data import workers
 from salcl_jax.data.sources import Source
 
 SIZE = 40
@@ -267,6 +271,30 @@ for spec in (
     )
     assert run.returncode == 0, run.stderr
     assert run.stdout.splitlines() == [f"(4, 16, 16, 3) {n}" for n in (3, 1, 1)]
+
+
+@pytest.mark.parametrize("use_tf", BACKENDS)
+def test_nothing_of_a_stream_that_ended_is_kept(use_tf):
+    if use_tf:
+        pytest.importorskip("tensorflow")
+
+    class Photos:
+        def __call__(self, item: int, row: int) -> dict:
+            return {"image": np.full((4, 4, 3), row, np.uint8)}
+
+    def end(stop: int | None) -> weakref.ref:
+        photos = Photos()
+        items = workers.parallel_map(photos, 0, stop, 6, workers=2, prefetch=2, use_tf=use_tf)
+        assert len(list(itertools.islice(items, 3))) == 3
+        items.close()
+        return weakref.ref(photos)
+
+    ended = [end(3), end(None)]
+    deadline = time.monotonic() + 20  # workers may still be inside a row
+    while any(photos() for photos in ended) and time.monotonic() < deadline:
+        gc.collect()
+        time.sleep(0.05)
+    assert [photos() for photos in ended] == [None, None]
 
 
 def test_the_program_ends_while_a_stream_is_open(tmp_path):

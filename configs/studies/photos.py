@@ -1,8 +1,9 @@
 """Scene photos (COCO and VOC, train splits): what does guidance add to plain crops, beside its controls?
 
 SALCL_DATA=DIR python -m salcl_jax.study --study=configs/studies/photos.py --workdir=DIR --jobs=2
-The folder SALCL_DATA is that of configs/judge.py. variants: pairs (ways from a region to the pair of crops),
-local (extra small crops), weights, maps (source of the map); none runs the rows of all
+The folder SALCL_DATA is that of configs/judge.py. variants: shipped (what configs/ has, and small crops),
+pairs (ways from a region to the pair of crops), local (extra small crops), weights, maps (source of the map);
+none runs the rows of all
 Results: RESULTS.md.
 """
 
@@ -22,7 +23,8 @@ FIGURES = {
 
 def get_study(variant: str = "") -> Study:
     """The rows of one question, or of all."""
-    groups = {"pairs": _pairs(), "local": _local(), "weights": _weights(), "maps": _maps()}
+    makers = {"shipped": _shipped, "pairs": _pairs, "local": _local, "weights": _weights, "maps": _maps}
+    groups = {name: make() for name, make in makers.items()}
     if variant and variant not in groups:
         raise lib.ConfigError(f"variant '{variant}' is unknown; this study has: {', '.join(groups)}")
     rows = groups[variant] if variant else {name: row for g in groups.values() for name, row in g.items()}
@@ -85,6 +87,17 @@ def _small_crops(**fields: str) -> Change:
         c.update_from_flattened_dict(fields)
 
     return change
+
+
+def _shipped() -> dict[str, Change]:
+    """Covering pairs and weights together, as configs/ has them; small crops of the map, and random ones."""
+
+    def guided(c: lib.ConfigDict) -> None:
+        c.pairs.mix.cover = lib.base().pairs.mix.cover
+        c.weights.mode = lib.base().weights.mode
+
+    local = _local()
+    return {"guided": guided, "local_random": local["local_random"], "local_map": local["local_map"]}
 
 
 def _pairs() -> dict[str, Change]:

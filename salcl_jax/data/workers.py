@@ -24,6 +24,10 @@ Item = dict[str, np.ndarray]
 _GROUP = 32  # at most so many rows a call: spreads the cost of handing out work
 _FOREVER = 2**62
 _STREAMS: weakref.WeakSet = weakref.WeakSet()  # tf.data streams that are still open
+# What open streams call, by number: TensorFlow keeps every function it was ever given, and with one that
+# is the call itself it would keep the photos of each evaluation.
+_CALLS: dict[int, Callable[[Any], Any]] = {}
+_NUMBERS = itertools.count()
 _EXIT_S = 5.0  # longest wait for another thread's stream when the program ends
 _exiting: list[bool] = []
 
@@ -141,7 +145,7 @@ def _tf_stream(tf, load, start, stop, size, workers, prefetch) -> Iterator[Item]
     failures: list[Exception] = []
     items: dict[int, _Item] = {}
     memory, group = _Memory(prefetch + 2), _group(size, workers, prefetch)
-    parts = -(-size // group)
+    parts, key = -(-size // group), next(_NUMBERS)
 
     def call(part):
         try:
@@ -154,25 +158,31 @@ def _tf_stream(tf, load, start, stop, size, workers, prefetch) -> Iterator[Item]
             raise
         return part
 
+    _CALLS[key] = call
+    known = functools.partial(_call, key)
+
     def op(part):
-        return tf.ensure_shape(tf.numpy_function(call, [part], tf.int64), ())
+        return tf.ensure_shape(tf.numpy_function(known, [part], tf.int64), ())
 
     dataset = tf.data.Dataset.range(start * parts, _FOREVER if stop is None else stop * parts)
     dataset = dataset.map(op, num_parallel_calls=workers, deterministic=True)
     dataset = dataset.batch(parts, drop_remainder=True).prefetch(prefetch)
     iterator = dataset.with_options(_options(tf, workers)).as_numpy_iterator()
-    while True:
-        try:
-            done = next(iterator)
-        except StopIteration:
+    try:
+        for done in iterator:
+            yield memory.lend(items.pop(int(done[0]) // parts).arrays)
+    except tf.errors.OpError as error:
+        if _exiting:
             return
-        except tf.errors.OpError as error:
-            if _exiting:
-                return
-            if failures:
-                raise failures[0] from None
-            raise ValueError(str(error).splitlines()[0]) from None
-        yield memory.lend(items.pop(int(done[0]) // parts).arrays)
+        if failures:
+            raise failures[0] from None
+        raise ValueError(str(error).splitlines()[0]) from None
+    finally:
+        del _CALLS[key]
+
+
+def _call(key: int, part: Any) -> Any:
+    return _CALLS[key](part)
 
 
 @functools.cache
