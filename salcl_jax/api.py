@@ -18,7 +18,7 @@ import numpy as np
 
 from salcl_jax import checkpoint as checkpoint_lib
 from salcl_jax import config as config_lib
-from salcl_jax import frozen, sharding
+from salcl_jax import config_record, frozen, sharding
 from salcl_jax.data.decode import WHOLE, from_array, to_canvas
 from salcl_jax.guidance import branch
 from salcl_jax.models.network import Network, build
@@ -88,7 +88,7 @@ def load(checkpoint: str, *, batch_size: int = 32) -> Model:
     mesh = sharding.make_mesh()
     config = config_lib.base()
     fields = checkpoint_lib.load_extra(checkpoint).get("fields", {})
-    config_lib.recall(config, fields, tuple(config.keys()))
+    config_record.recall(config, fields, tuple(config.keys()))
     network = build(**config.model)
     whole = sharding.replicated(mesh)
     init = make_init(network, config_lib.finish(config, devices=1, images=1))
@@ -108,4 +108,3 @@ def load(checkpoint: str, *, batch_size: int = 32) -> Model:
     maps = frozen.make_maps_fn(network, config, mesh)
     size = frozen.divisible(batch_size, mesh)
     return Model(config, step, network, state, size, by_branch.__getitem__, maps)
-

@@ -16,7 +16,7 @@ from typing import Any
 from absl import app, flags
 from ml_collections import config_flags
 
-from salcl_jax import cli, peers
+from salcl_jax import cli, config_record, peers
 from salcl_jax import config as config_lib
 from salcl_jax.evaluators import TASKS
 from salcl_jax.validation import validate, validate_task
@@ -128,7 +128,7 @@ def _open(config: Any, checkpoint: str, overridden: dict) -> tuple:
     config = config_lib.ConfigDict(config.to_dict())
     file = files.weights_file(checkpoint)
     recorded = {} if file else checkpoint_lib.load_extra(checkpoint).get("fields", {})
-    config_lib.recall(config, recorded, RECORDED, overridden)
+    config_record.recall(config, recorded, RECORDED, overridden)
     validate(config)
     network = build(**config.model)
     init = make_init(network, config_lib.finish(config, devices=1, images=1))

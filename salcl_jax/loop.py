@@ -7,8 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from salcl_jax import config as config_lib
-from salcl_jax import memory, peers, sharding
+from salcl_jax import config_record, memory, peers, sharding
 from salcl_jax.compilations import Compilations
 from salcl_jax.data.pipeline import train_batches
 from salcl_jax.data.sources import Source
@@ -164,7 +163,7 @@ class Run:
         now = time.monotonic()
         self.history["seconds"] += now - self.clock
         self.clock = now
-        extra = {"fields": config_lib.learnt_fields(self.config), "history": self.history}
+        extra = {"fields": config_record.learnt_fields(self.config), "history": self.history}
         self.skipped.write()  # before the step is saved: what it passed over is not met again
         self.saved.save(step, state, extra, force=force)
 

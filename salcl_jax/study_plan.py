@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from salcl_jax import config as config_lib
+from salcl_jax import config_record
 from salcl_jax.validation import validate, validate_task
 
 Change = Callable[[Any], None]
@@ -101,7 +102,7 @@ def configuration(study: Study, run: Run, flops: Callable[[Any], float] | None =
 
 def digest(config: Any) -> str:
     """Name of what a configuration learns: 12 hexadecimal digits of its fields and photos."""
-    return _hash([config_lib.learnt_fields(config), config.data.train.to_dict()])
+    return _hash([config_record.learnt_fields(config), config.data.train.to_dict()])
 
 
 def judge_digest(study: Study) -> str:

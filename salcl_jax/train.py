@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-from salcl_jax import checkpoint, peers, sharding
+from salcl_jax import checkpoint, config_record, peers, sharding
 from salcl_jax import config as config_lib
 from salcl_jax.data.sources import Source, open_source
 from salcl_jax.feature_cache import user_folder
@@ -129,10 +129,10 @@ def _restore_or_init(
     shapes = jax.eval_shape(init)
     places = sharding.state_sharding(shapes, mesh, **config.sharding)
     restored = saved.restore(checkpoint.abstract_like(shapes, places))
-    fields = config_lib.learnt_fields(config)
+    fields = config_record.learnt_fields(config)
     if restored:
         state, extra, step = restored
-        changed = config_lib.differences(extra.get("fields", {}), fields)
+        changed = config_record.differences(extra.get("fields", {}), fields)
         if changed:
             raise config_lib.ConfigError(
                 f"{saved.directory} holds a run with other settings ({'; '.join(changed[:4])}): use "

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 import salcl_jax
-from salcl_jax import checkpoint, guidance
+from salcl_jax import checkpoint, config_record, guidance
 from salcl_jax import config as lib
 from salcl_jax.data.sources import open_source
 from salcl_jax.models.network import build
@@ -37,7 +37,7 @@ def saved(tmp_path_factory):
     state = jax.jit(make_init(build(**c.model), c))()
     state = state._replace(params=jax.tree.map(lambda x: x * 1.5, state.params))
     with checkpoint.Checkpointer(str(folder / "checkpoints"), every_steps=0, keep=2) as keeper:
-        keeper.save(7, state, {"fields": lib.learnt_fields(c), "history": {}}, force=True)
+        keeper.save(7, state, {"fields": config_record.learnt_fields(c), "history": {}}, force=True)
     return folder, c, state
 
 

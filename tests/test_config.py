@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from salcl_jax import config as lib
+from salcl_jax import config_record
 from salcl_jax.data.scenes import Dials
 from salcl_jax.models.network import build
 from salcl_jax.ops.augment import AugmentSpec
@@ -58,14 +59,16 @@ def test_every_config_and_variant_is_valid_and_is_json(path, name):
     assert done.resolved.total_steps >= 1
     fields = json.loads(json.dumps(done.to_dict()))
     again = lib.ConfigDict(json.loads(json.dumps(fields)))
-    assert lib.learnt_fields(again) == lib.learnt_fields(done)
+    assert config_record.learnt_fields(again) == config_record.learnt_fields(done)
     assert fields["batch_size"] == c.batch_size and fields["crops"]["area"] == list(c.crops.area)
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_a_config_has_the_fields_of_base_and_no_others_and_says_its_variants(path):
     module = load(path)
-    assert set(lib._flatten(module.get_config().to_dict())) == set(lib._flatten(lib.base().to_dict()))
+    assert set(config_record.flatten(module.get_config().to_dict())) == set(
+        config_record.flatten(lib.base().to_dict())
+    )
     said = re.search(r"variants: (.*)", module.__doc__, re.DOTALL)[1]
     for name in variants(path):
         assert re.search(rf"\b{name}\b", said), name
@@ -172,7 +175,7 @@ def test_learnt_fields_are_those_that_change_what_is_learnt():
     def changed(name, value):
         c, d = lib.base(), lib.base()
         d.update_from_flattened_dict({name: value})
-        return lib.differences(lib.learnt_fields(c), lib.learnt_fields(d))
+        return config_record.differences(config_record.learnt_fields(c), config_record.learnt_fields(d))
 
     assert changed("crops.size", 96) == ["crops.size: 224 -> 96"]
     assert changed("data.window_area", (0.5, 1.0)) == ["data.window_area: [1.0, 1.0] -> [0.5, 1.0]"]
@@ -180,8 +183,12 @@ def test_learnt_fields_are_those_that_change_what_is_learnt():
                         ("collapse.patience", 3), ("distributed", "none")):  # fmt: skip
         assert changed(name, value) == []
     done = lib.finish(lib.base(), devices=8, images=1000)
-    assert lib.learnt_fields(done) == lib.learnt_fields(lib.finish(lib.base(), devices=1, images=1000))
-    assert lib.learnt_fields(done) != lib.learnt_fields(lib.finish(lib.base(), devices=8, images=999))
+    assert config_record.learnt_fields(done) == config_record.learnt_fields(
+        lib.finish(lib.base(), devices=1, images=1000)
+    )
+    assert config_record.learnt_fields(done) != config_record.learnt_fields(
+        lib.finish(lib.base(), devices=8, images=999)
+    )
 
 
 def _ways(**shares):

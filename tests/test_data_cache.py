@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from salcl_jax import config as config_lib
+from salcl_jax import config_record
 from salcl_jax.data import cache, pipeline, records, sources, workers
 from salcl_jax.validation import validate
 
@@ -155,7 +156,7 @@ def test_the_fields_are_checked_and_do_not_decide_what_is_learnt():
         c.update_from_flattened_dict(changes)
         validate(c)
         c.data.window_area = plain.data.window_area
-        assert config_lib.learnt_fields(c) == config_lib.learnt_fields(plain)
+        assert config_record.learnt_fields(c) == config_record.learnt_fields(plain)
 
 
 def test_batches_that_are_held_are_not_written_again():

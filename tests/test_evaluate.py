@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from absl import flags
 
-from salcl_jax import checkpoint, cli, evaluate, tasks
+from salcl_jax import checkpoint, cli, config_record, evaluate, tasks
 from salcl_jax import config as lib
 from salcl_jax.judge import Subject
 from salcl_jax.models.network import build
@@ -48,7 +48,7 @@ def workdir(tmp_path_factory):
     # Trained: anything but what the same seed gives untrained.
     state = state._replace(params=jax.tree.map(lambda x: x * 1.5, state.params))
     with checkpoint.Checkpointer(str(folder / "checkpoints"), every_steps=0, keep=2) as saved:
-        saved.save(7, state, {"fields": lib.learnt_fields(c), "history": {}}, force=True)
+        saved.save(7, state, {"fields": config_record.learnt_fields(c), "history": {}}, force=True)
     return folder
 
 
@@ -227,9 +227,9 @@ def test_recorded_fields_replace_those_of_the_file_but_not_those_of_the_command(
     c, record = lib.base(), lib.base()
     record.update_from_flattened_dict({"model.width": 8, "saliency.stages": ("stage2", "stage3"), "seed": 5})
     record.optim.lr = 7.0
-    fields = json.loads(json.dumps(lib.learnt_fields(record)))
+    fields = json.loads(json.dumps(config_record.learnt_fields(record)))
     c.saliency.size = 96
-    lib.recall(c, fields | {"gone.field": 1}, ("seed", "model", "saliency"), {"saliency.size": 96})
+    config_record.recall(c, fields | {"gone.field": 1}, ("seed", "model", "saliency"), {"saliency.size": 96})
     assert (c.model.width, c.saliency.stages, c.seed) == (8, ("stage2", "stage3"), 5)
     assert c.saliency.size == 96 and c.optim.lr == lib.base().optim.lr
 

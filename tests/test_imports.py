@@ -18,7 +18,7 @@ UPPER = {  # programs: nothing below knows them
 # Who reads or checks fields by name, and who defines them.
 CONFIG = {
     "main.py", "evaluate.py", "compile.py", "study.py", "study_plan.py", "api.py", "aot.py", "cli.py",
-    "train.py", "loop.py", "validation.py", "config.py",
+    "train.py", "validation.py", "config.py", "config_record.py",
 }  # fmt: skip
 PROGRAMS = [
     "main.py", "evaluate.py", "compile.py", "study.py", "saliency.py", "export.py", "bench/__main__.py",

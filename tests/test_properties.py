@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from salcl_jax import config as config_lib
-from salcl_jax import losses
+from salcl_jax import config_record, losses
 from salcl_jax.data import pipeline
 from salcl_jax.data.examples import KEPT_SHARE, _stride, window_boxes
 from salcl_jax.ops import boxes, crop, roi
@@ -304,7 +304,7 @@ def test_any_values_are_valid_or_a_config_error(changes, devices, images):
         return
     r = done.resolved
     assert 1 <= r.total_steps < 2**31 and 1 <= r.checkpoint_every <= max(1, r.total_steps)
-    assert json.loads(json.dumps(config_lib.learnt_fields(done), allow_nan=False))
+    assert json.loads(json.dumps(config_record.learnt_fields(done), allow_nan=False))
 
 
 SOURCES = {name.removesuffix("kind") for name in FIELDS if name.endswith(".kind")} - {"data.train."}

@@ -15,7 +15,7 @@ import pytest
 from scipy import stats
 
 from salcl_jax import config as lib
-from salcl_jax import study_plan, study_report
+from salcl_jax import config_record, study_plan, study_report
 from salcl_jax.study_plan import Run, Study
 
 ROOT = Path(__file__).parents[1]
@@ -107,7 +107,7 @@ def test_a_matched_row_gets_as_many_operations():
     byol, more = (study_plan.configuration(plan, Run(name, 0), flops) for name in ("byol", "more"))
     assert 2.0 * more.total_steps == 3.0 * byol.total_steps
     more.total_steps = byol.total_steps
-    assert lib.learnt_fields(more) == lib.learnt_fields(byol)
+    assert config_record.learnt_fields(more) == config_record.learnt_fields(byol)
 
 
 def test_the_name_of_a_run_follows_what_it_learns():

@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 from test_checkpoint import abstract, assert_same_bits, make_state, open_run
 
-from salcl_jax import checkpoint, checkpoint_record
+from salcl_jax import checkpoint, checkpoint_record, config_record
 from salcl_jax import config as config_lib
 from salcl_jax.data import decode, files, masks
 from salcl_jax.data.sources import open_source
@@ -245,7 +245,7 @@ HOSTILE = {
 def test_settings_recorded_in_a_checkpoint_are_values_or_refused(name):
     c = config_lib.base()
     try:
-        config_lib.recall(c, {name: HOSTILE[name]}, RECORDED)
+        config_record.recall(c, {name: HOSTILE[name]}, RECORDED)
     except config_lib.ConfigError as error:
         assert name in str(error) and "\n" not in str(error)
     else:
@@ -268,7 +268,7 @@ def test_a_checkpoint_decides_no_path():
             fields[name] = "/etc/passwd"
         elif value == ():
             fields[name] = ["/etc/passwd"]
-    config_lib.recall(c, fields, RECORDED)
+    config_record.recall(c, fields, RECORDED)
     changed = {name for name, value in _leaves(c) if value == "/etc/passwd" or value == ("/etc/passwd",)}
     assert changed and all(name.split(".")[0] in RECORDED for name in changed)
     assert not any(part in name for name in changed for part in ("data", "cache", "init_from", "distributed"))

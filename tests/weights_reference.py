@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from salcl_jax import checkpoint, config
+from salcl_jax import checkpoint, config, config_record
 from salcl_jax.models.network import build
 from salcl_jax.train_step import make_init
 from salcl_jax.weights import outgoing
@@ -53,13 +53,13 @@ def run_of(c, state, step: int = 7) -> outgoing.Run:
     """As read from a checkpoint."""
     fields = checkpoint.MODEL_FIELDS
     trees = {field: jax.tree.map(np.asarray, dict(getattr(state, field))) for field in fields}
-    return outgoing.Run(trees, config.learnt_fields(c), step)
+    return outgoing.Run(trees, config_record.learnt_fields(c), step)
 
 
 def save(folder, c, state, step: int = 7) -> None:
     """A workdir with one checkpoint."""
     with checkpoint.Checkpointer(str(folder / "checkpoints"), every_steps=0, keep=1) as saved:
-        saved.save(step, state, {"fields": config.learnt_fields(c), "history": {}}, force=True)
+        saved.save(step, state, {"fields": config_record.learnt_fields(c), "history": {}}, force=True)
 
 
 def features(c, params, stats, images):

@@ -2,8 +2,8 @@
 
 SALCL_DATA=DIR python -m salcl_jax.study --study=configs/studies/photos.py --workdir=DIR --jobs=2
 The folder SALCL_DATA is that of configs/judge.py. variants: shipped (what configs/ has, and small crops),
-pairs (ways from a region to the pair of crops), local (extra small crops), weights, maps (source of the map);
-none runs the rows of all
+plain (BYOL's own crop scale and learning rate), pairs (ways from a region to the pair of crops), local (extra
+small crops), weights, maps (source of the map); none runs the rows of all
 Results: RESULTS.md.
 """
 
@@ -20,11 +20,15 @@ FIGURES = {
     "localization/corloc": "CorLoc",
 }
 
+MATCHED = ("guided", "local_map", "cover")  # rows whose operations BYOL is also given, as further steps
+
 
 def get_study(variant: str = "") -> Study:
     """The rows of one question, or of all."""
-    makers = {"shipped": _shipped, "pairs": _pairs, "local": _local, "weights": _weights, "maps": _maps}
-    groups = {name: make() for name, make in makers.items()}
+    groups = {
+        "shipped": _shipped(), "plain": _plain(), "pairs": _pairs(), "local": _local(),
+        "weights": _weights(), "maps": _maps(),
+    }  # fmt: skip
     if variant and variant not in groups:
         raise lib.ConfigError(f"variant '{variant}' is unknown; this study has: {', '.join(groups)}")
     rows = groups[variant] if variant else {name: row for g in groups.values() for name, row in g.items()}
@@ -36,6 +40,7 @@ def get_study(variant: str = "") -> Study:
         judge=_judge,
         tasks=("linear", "knn", "multilabel", "segmentation", "localization"),
         figures=FIGURES,
+        matched={f"byol_as_{row}": ("byol", row) for row in MATCHED if row in rows},
         fixed=() if variant == "maps" else ("saliency.source", "saliency.stages"),
     )
 
@@ -100,12 +105,33 @@ def _shipped() -> dict[str, Change]:
     return {"guided": guided, "local_random": local["local_random"], "local_map": local["local_map"]}
 
 
-def _pairs() -> dict[str, Change]:
-    """From a region to the pair: each way for half of the pairs, the last rows with true regions."""
+def _plain() -> dict[str, Change]:
+    """BYOL deserves tuning too: crop scale and learning rate."""
 
-    def true_regions(c: lib.ConfigDict) -> None:
-        c.pairs.mix.cover = 0.5
-        c.roi.source = "ground_truth"
+    def plain(**fields: float | tuple) -> Change:
+        def change(c: lib.ConfigDict) -> None:
+            lib.plain_byol(c)
+            c.update_from_flattened_dict(fields)
+
+        return change
+
+    return {
+        "byol_area08": plain(**{"crops.area": (0.08, 1.0)}),
+        "byol_area30": plain(**{"crops.area": (0.3, 1.0)}),
+        "byol_lr_half": plain(**{"optim.lr": 0.002}),
+        "byol_lr_double": plain(**{"optim.lr": 0.008}),
+    }
+
+
+def _pairs() -> dict[str, Change]:
+    """From a region to the pair: each way for half of the pairs; then covering pairs of other regions."""
+
+    def cover(regions: str) -> Change:
+        def change(c: lib.ConfigDict) -> None:
+            c.pairs.mix.cover = 0.5
+            c.roi.source = regions
+
+        return change
 
     return {
         "cover": _mixed(cover=0.5),
@@ -114,7 +140,9 @@ def _pairs() -> dict[str, Change]:
         "contrastive_crop": _mixed(contrastive_crop=0.5),
         "roi_global": _mixed(roi_global=0.5),
         "roi_jitter": _mixed(roi_jitter=0.5),
-        "cover_true": true_regions,
+        "cover_true": cover("ground_truth"),
+        "cover_random": cover("random"),
+        "cover_center": cover("center"),
     }
 
 
