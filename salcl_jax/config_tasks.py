@@ -80,7 +80,7 @@ def tasks() -> ConfigDict:
     c.segmentation.classes = 21  # with the background, class 0
     c.segmentation.size = 448  # side in pixels of the photos
     c.segmentation.stages = ("stage4",)  # stages joined on the grid of the finest
-    c.segmentation.rates = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)  # for 256 locations, best held-out
+    c.segmentation.rates = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)  # for a batch of 256
     c.segmentation.epochs = 20  # passes over train
     c.segmentation.batch_size = 1024  # locations per step
     return c

@@ -126,6 +126,7 @@ def make_windows(config: Config) -> Callable[..., Windows]:
     fields = {name: config.pairs[name] for name in views.Shape._fields if name in config.pairs}
     shape = views.Shape(area=config.crops.area, ratio=config.crops.ratio, **fields)
     mix, local = dict(config.pairs.mix), config.local
+    from_map = config.roi.source == "saliency"
 
     def windows(
         keys: Sequence[PRNGKeyArray],
@@ -136,7 +137,9 @@ def make_windows(config: Config) -> Callable[..., Windows]:
         k_regions, k_random, k_pair, k_local = keys
         aspect = batch["aspect"]
         rois = _regions(k_regions, maps, batch, config)
-        scene = views.Scene(rois, maps, aspect) if rois else None
+        # Regions of a control are whole: the map has no say in which part of them counts.
+        even = jnp.ones((aspect.shape[0], 1, 1))
+        scene = views.Scene(rois, maps if from_map else even) if rois else None
         boxes = random_resized_crop_boxes(k_random, aspect, 2, shape.area, shape.ratio)
         guided, valid = jnp.zeros(aspect.shape, bool), None
         if scene and sum(mix.values()) > 0:

@@ -71,7 +71,7 @@ def pair_weights(
 ) -> Float[Array, "b p"]:
     """Detached weight of each pair from the saliency scores of its crops; invalid pairs weigh 0.
 
-    mode: 'none' (all 1), 'product', 'geometric' (mean) or 'minimum' of the two scores in [0, 1];
+    mode: 'none' (all 1), 'product', 'geometric' (mean) or 'minimum' of the two scores, at least 0;
     floor: smallest combined score; temperature: exponent 1/temperature on what is above it;
     normalize: mean 1 over the valid pairs of an 'image' or of the 'batch'.
 

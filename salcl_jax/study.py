@@ -30,7 +30,6 @@ _CORES = flags.DEFINE_list("cores", [], "with --run: CPU cores that this process
 _RUN = flags.DEFINE_string("run", None, "train and judge this run only, ROW-SEED, in this process")
 
 FAILED = 70
-ROW, EVAL = "row.json", "eval.json"  # what a finished run leaves beside what training leaves
 
 
 def main(_: list[str]) -> None:
@@ -69,15 +68,19 @@ def folder(workdir: Path, run: study_plan.Run, config: Any) -> Path:
     return next(iter(sorted((workdir / "runs").glob(f"*-{name}"))), workdir / "runs" / f"{run.name}-{name}")
 
 
+def judgement(study: study_plan.Study, place: Path) -> Path:
+    """Folder of a run's evaluation, and with .json its row: studies that judge differently have their own."""
+    return place / f"judged-{study_plan.judge_digest(study)}"
+
+
 def finished(study: study_plan.Study, workdir: Path) -> list[dict]:
     """Rows of the runs that are trained and judged, in the order of the grid."""
     rows, flops = [], Flops(workdir)
     for run in study_plan.runs(study):
         place = folder(workdir, run, study_plan.configuration(study, run, flops))
         with contextlib.suppress(OSError, ValueError):
-            row = json.loads((place / ROW).read_text())
-            if row["judge"] == study_plan.judge_digest(study):
-                rows.append(row | {"row": run.row, "seed": run.seed, "folder": str(place)})
+            row = json.loads(judgement(study, place).with_suffix(".json").read_text())
+            rows.append(row | {"row": run.row, "seed": run.seed, "folder": str(place)})
     return rows
 
 
@@ -111,7 +114,7 @@ def _run_here(study: study_plan.Study, run: study_plan.Run, workdir: Path) -> in
         judge = study.judge()
         judge.seed = run.seed
         fixed = dict.fromkeys(study.fixed)
-        results = evaluate.evaluate(judge, str(place), list(study.tasks), str(place / "eval"), fixed)
+        results = evaluate.evaluate(judge, str(place), list(study.tasks), str(judgement(study, place)), fixed)
     except train.Stopped as stop:
         cli.say(f"stopped: {stop}")
         return stop.code
@@ -122,7 +125,7 @@ def _run_here(study: study_plan.Study, run: study_plan.Run, workdir: Path) -> in
     for subject, found in figures.items():
         for rows in results.values():
             found |= rows.get(subject, {})
-    _write(place / ROW, {
+    _write(judgement(study, place).with_suffix(".json"), {
         "config": study_plan.digest(config), "judge": study_plan.judge_digest(study),
         "steps": summary["steps"], "images": summary["images"], "flops_per_step": flops(config),
         "train_seconds": round(summary["seconds"], 1), "seconds": round(time.monotonic() - began, 1),

@@ -104,13 +104,21 @@ def make_objective(network: Network, config: Config) -> Callable[..., tuple[Arra
             valid = jnp.ones(value.shape, bool)
             if crops.local_valid is not None:
                 valid = valid.at[:, 2:].set(jnp.repeat(crops.local_valid, 2, axis=1))
-            weight = losses.pair_weights(crops.score, valid, pairs, **weighting)
-            even = losses.pair_weights(crops.score, valid, pairs, **{**weighting, "mode": "none"})
+            score = _relative_score(crops) if config.weights.relative else crops.score
+            weight = losses.pair_weights(score, valid, pairs, **weighting)
+            even = losses.pair_weights(score, valid, pairs, **{**weighting, "mode": "none"})
             weight = even + strength * (weight - even)
             loss = losses.combine(value, weight, scale)
         return loss, (out, metrics.of_step(loss, value, weight, out.projection, crops))
 
     return objective
+
+
+def _relative_score(crops: Crops) -> Float[Array, "b v"]:
+    """Saliency inside each window over that of the whole photo: about 1, whatever the map's level."""
+    if crops.maps is None:
+        return crops.score
+    return crops.score / jnp.maximum(jnp.mean(crops.maps, axis=(1, 2)), 1e-6)[:, None]
 
 
 def _forward(

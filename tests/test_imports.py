@@ -23,7 +23,7 @@ CONFIG = {
 PROGRAMS = [
     "main.py", "evaluate.py", "compile.py", "study.py", "saliency.py", "export.py", "bench/__main__.py",
 ]  # fmt: skip
-LATE = {"sklearn", "joblib", "matplotlib", "safetensors", "wandb", "mlflow", "IPython"}
+LATE = {"sklearn", "scipy", "joblib", "matplotlib", "safetensors", "wandb", "mlflow", "IPython"}
 FIELDS = {"config.py", "config_source.py", "config_tasks.py"}
 
 

@@ -139,18 +139,19 @@ def test_differences_are_paired_by_seed():
 
 
 def test_the_table_says_what_was_found():
-    changes = {"guided": (0.02, 0.03, 0.04), "random": (-0.01, 0.05, 0.0)}
+    changes = {"guided": (0.02, 0.03, 0.04), "random": (-0.01, 0.05, 0.0), "close": (0.02, 0.03, 0.07)}
     rows = [row("byol", s, **{"knn/top1": 0.4 + s / 100}) for s in range(3)]
     for name, found in changes.items():
         rows += [row(name, s, **{"knn/top1": 0.4 + s / 100 + found[s]}) for s in range(3)]
     for one in rows:
         one["untrained"] = {"knn/top1": 0.25 + one["seed"] / 100}  # the same for all rows of a seed
-    plan = study(rows=dict.fromkeys(("byol", "guided", "random", "absent"), lib.plain_byol))
+    plan = study(rows=dict.fromkeys(("byol", "guided", "random", "close", "absent"), lib.plain_byol))
     lines = study_report.table(plan, rows).splitlines()
     assert lines[2] == "| untrained | | | | 26.0 ± 0.6 |"
     assert lines[3] == "| byol | 3 | 10 | 1.00 | 41.0 ± 0.6 |"
     assert lines[4] == "| guided | 3 | 10 | 1.20 | 44.0 ± 1.2 (**+3.0 ± 0.6**) |"
-    assert lines[5].endswith("(+1.3 ± 1.9) |") and len(lines) == 6
+    assert lines[5].endswith("(+1.3 ± 1.9) |") and len(lines) == 7
+    assert lines[6].endswith("(+4.0 ± 1.5) |")  # three seeds: one time in nine by chance
 
 
 def start(*arguments):
@@ -191,7 +192,7 @@ def test_a_study_stops_continues_and_does_nothing_twice(tmp_path):
     assert rows[0]["config"] == rows[2]["config"] and rows[0]["knn/top1"] == rows[2]["knn/top1"]
     assert float(rows[1]["flops_per_step"]) > float(rows[0]["flops_per_step"])
     folders = sorted((work / "runs").glob("*-3-*"))
-    evals = [json.loads(p.read_text()) for p in (work / "runs").glob("*/eval/eval.json")]
+    evals = [json.loads(p.read_text()) for p in (work / "runs").glob("*/judged-*/eval.json")]
     found = {f"{e['results']['knn']['trained']['knn/top1']:.6f}" for e in evals}
     assert {f"{float(r['knn/top1']):.6f}" for r in rows} == found
     assert "| guided | 1 | 4 |" in out and (work / "check" / "over_flops.png").stat().st_size > 5000

@@ -12,11 +12,12 @@ import pytest
 
 from salcl_jax import config as lib
 from salcl_jax import frozen, sharding, train_step
-from salcl_jax.guidance import make_crops
+from salcl_jax.guidance import Crops, make_crops
 from salcl_jax.models.network import build, forward_target
 from salcl_jax.models.norm import ViewBatchNorm
 from salcl_jax.models.vit import ViT
 from salcl_jax.ops.augment import normalize
+from salcl_jax.ops.boxes import center_size, mean_inside
 from salcl_jax.rng import key_for
 from salcl_jax.types import TrainState
 from salcl_jax.validation import validate
@@ -478,8 +479,12 @@ def test_the_oracle_follows_the_annotated_boxes():
     annotated = np.arange(BATCH) % 3 > 0
     assert crops.guided.tolist() == annotated.tolist()
     assert crops.local_valid[:, 0].tolist() == annotated.tolist()
-    for view in range(3):  # the pair and the small crop
-        np.testing.assert_allclose(crops.boxes[annotated, view], batch["boxes"][annotated, 1], atol=1e-6)
+    truth = batch["boxes"][annotated, 1]
+    for view in range(2):
+        np.testing.assert_allclose(crops.boxes[annotated, view], truth, atol=1e-6)
+    center, size = center_size(crops.boxes[annotated, 2])  # the small crop has its own size
+    middle = np.clip((truth[:, :2] + truth[:, 2:]) / 2, size / 2, 1 - size / 2)
+    np.testing.assert_allclose(center, middle, atol=1e-6)
     assert np.abs(crops.boxes[~annotated, 0] - crops.boxes[~annotated, 1]).max() > 0.01
 
 
@@ -553,3 +558,18 @@ def test_features_are_those_of_the_crop_in_running_statistics():
     x = normalize(jnp.asarray(batch["image"], jnp.float32)[:, None] / 255)
     wanted = network.encode(state.params, state.batch_stats, x, train=False)[0]["pooled"]
     np.testing.assert_allclose(found, wanted, atol=1e-4)
+
+
+def test_relative_scores_do_not_know_how_high_a_map_is():
+    rng = np.random.default_rng(0)
+    maps, boxes = rng.uniform(0.1, 0.5, (3, 4, 4)).astype(np.float32), np.tile([0, 0, 0.5, 0.5], (3, 2, 1))
+    boxes[:, 1] = [0, 0, 1, 1]  # the whole photo
+    for factor in (1.0, 0.1):
+        level = jnp.array(factor * maps)
+        score = mean_inside(level, jnp.array(boxes, jnp.float32))
+        crops = Crops(level, None, None, score, None, None, None, None)
+        found = np.asarray(train_step._relative_score(crops))
+        np.testing.assert_allclose(found[:, 0], maps[:, :2, :2].mean((1, 2)) / maps.mean((1, 2)), rtol=1e-5)
+        np.testing.assert_allclose(found[:, 1], 1, rtol=1e-5)
+    flat = Crops(jnp.zeros((3, 4, 4)), None, None, jnp.zeros((3, 2)), None, None, None, None)
+    assert np.isfinite(train_step._relative_score(flat)).all()

@@ -20,7 +20,8 @@ FIGURES = {
     "localization/corloc": "CorLoc",
 }
 
-MATCHED = ("guided", "local_map", "cover")  # rows whose operations BYOL is also given, as further steps
+# Rows without a map that are also given the operations of a guided one, as further steps.
+MATCHED = (("byol", "guided"), ("byol", "local_map"), ("byol", "cover"), ("local_random", "local_map"))
 
 
 def get_study(variant: str = "") -> Study:
@@ -40,7 +41,9 @@ def get_study(variant: str = "") -> Study:
         judge=_judge,
         tasks=("linear", "knn", "multilabel", "segmentation", "localization"),
         figures=FIGURES,
-        matched={f"byol_as_{row}": ("byol", row) for row in MATCHED if row in rows},
+        matched={
+            f"{own}_as_{row}": (own, row) for own, row in MATCHED if row in rows and own in {"byol", *rows}
+        },
         fixed=() if variant == "maps" else ("saliency.source", "saliency.stages"),
     )
 
@@ -148,8 +151,9 @@ def _pairs() -> dict[str, Change]:
 
 def _local() -> dict[str, Change]:
     """Extra small crops: of regions from the map, true, random and central ones, and plain random crops."""
+    no_map = {"local.source": "random", "roi.source": "none", "saliency.source": "none"}
     return {
-        "local_random": _small_crops(**{"local.source": "random"}),
+        "local_random": _small_crops(**no_map),
         "local_map": _small_crops(),
         "local_true": _small_crops(**{"roi.source": "ground_truth"}),
         "local_center": _small_crops(**{"roi.source": "center"}),

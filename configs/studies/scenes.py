@@ -68,7 +68,7 @@ def _small_crops(regions: str) -> Change:
     def change(c: lib.ConfigDict) -> None:
         c.local.count, c.local.size = 2, 32
         if regions == "random":
-            c.local.source = "random"
+            c.local.source, c.roi.source, c.saliency.source = "random", "none", "none"
         else:
             c.roi.source = regions
 

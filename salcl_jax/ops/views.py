@@ -18,11 +18,10 @@ from salcl_jax.types import Rois
 
 
 class Scene(NamedTuple):
-    """What a way may look at: regions, map (None where the regions need none) and aspect of the photos."""
+    """What a way may look at: regions, and the map that they came from."""
 
     rois: Rois
-    maps: Float[Array, "b h w"] | None
-    aspect: Float[Array, "b"]
+    maps: Float[Array, "b h w"]
 
 
 class Shape(NamedTuple):
@@ -35,9 +34,9 @@ class Shape(NamedTuple):
     jitter_ratio: tuple[float, float]  # aspect factor of a jittered region
     min_size: float  # smallest side of any window, in canvas sides
     cover_share: float  # share of the region's mass that a covering window must hold
-    cover_tries: int  # random windows tried for that
+    cover_tries: int  # random places tried for that
     beta: float  # of ContrastiveCrop's U-shaped centre distribution
-    threshold: float  # of ContrastiveCrop's bounding box, share of the map's maximum
+    threshold: float  # of ContrastiveCrop's bounding box, share of the map's peak above its mean
 
 
 Pair = Float[Array, "b 2 4"]
@@ -93,7 +92,7 @@ def map_center(key: PRNGKeyArray, random: Pair, scene: Scene, shape: Shape) -> t
     """Random windows of the usual sizes, each centred at its own draw from the saliency map."""
     b, h, w = scene.maps.shape
     k_cell, k_inside = jax.random.split(key)
-    mass = jax.lax.stop_gradient(jax.nn.relu(scene.maps - jnp.mean(scene.maps, (1, 2), keepdims=True)))
+    mass = jax.lax.stop_gradient(_above_mean(scene.maps))
     logits = jnp.log(mass.reshape(b, 1, h * w) + 1e-9)
     cell = jnp.argmax(logits + jax.random.gumbel(k_cell, (b, 2, h * w)), axis=-1)
     inside = jax.random.uniform(k_inside, (b, 2, 2))
@@ -104,24 +103,33 @@ def map_center(key: PRNGKeyArray, random: Pair, scene: Scene, shape: Shape) -> t
 
 
 def cover(key: PRNGKeyArray, random: Pair, scene: Scene, shape: Shape) -> tuple:
-    """The first of several random windows that hold a share of one region's mass, else the best of them."""
+    """Windows of the usual sizes: of several positions the first that holds a share of one region's mass.
+
+    Where none does, the one that holds most. Were sizes drawn again with the positions, large windows would
+    be accepted most often, and guided pairs would be easier ones.
+    """
     k_choose, k_tries = jax.random.split(key)
     box, ok = choose(k_choose, scene.rois)
-    b, tries = box.shape[0], shape.cover_tries
-    windows = random_resized_crop_boxes(k_tries, scene.aspect, 2 * tries, shape.area, shape.ratio)
-    region = jnp.broadcast_to(box[:, None, :], windows.shape)
-    common = box_ops.intersection(windows, region)
+    _, size = box_ops.center_size(random)
+    u = jax.random.uniform(k_tries, (box.shape[0], 2, shape.cover_tries, 2))
+    corner = u * (1.0 - size[:, :, None])
+    windows = jnp.concatenate([corner, corner + size[:, :, None]], axis=-1)
+    flat = windows.reshape(box.shape[0], -1, 4)
+    region = jnp.broadcast_to(box[:, None, :], flat.shape)
+    common = box_ops.intersection(flat, region)
     share = _mass_inside(scene.maps, common) / jnp.maximum(_mass_inside(scene.maps, region), 1e-6)
-    share = jax.lax.stop_gradient(share).reshape(b, 2, tries)
+    share = jax.lax.stop_gradient(share).reshape(windows.shape[:-1])
     enough = share >= shape.cover_share
     index = jnp.where(jnp.any(enough, -1), jnp.argmax(enough, -1), jnp.argmax(share, -1))
-    windows = windows.reshape(b, 2, tries, 4)
     return jnp.take_along_axis(windows, index[:, :, None, None], axis=2)[:, :, 0], ok
 
 
 def contrastive_crop(key: PRNGKeyArray, random: Pair, scene: Scene, shape: Shape) -> tuple:
-    """ContrastiveCrop: centres from a Beta distribution over the box that holds the map above a threshold."""
-    box = thresholded_box(scene.maps, shape.threshold)
+    """ContrastiveCrop: centres from a Beta distribution over the box that holds the map above a threshold.
+
+    The threshold is of the map above its mean: a map that is high all over would give the whole canvas.
+    """
+    box = thresholded_box(_above_mean(scene.maps), shape.threshold)
     draw = jax.random.beta(key, shape.beta, shape.beta, (box.shape[0], 2, 2))
     center = box[:, None, :2] + draw * (box[:, None, 2:] - box[:, None, :2])
     return _recenter(random, center, shape), jnp.any(scene.rois.valid, axis=1)
@@ -173,22 +181,32 @@ def local_boxes(
     invalid: str,
     strength: Float[Array, ""] | float,
 ) -> tuple[Float[Array, "b n 4"], Bool[Array, "b n"]]:
-    """Windows of the extra small crops and whether they count: jittered regions, or random ones.
+    """Windows of the extra small crops and whether they count: centred in regions, or at random.
 
-    Windows are random, of area share `area`, where no scene is given and while guidance warms up. An
-    invalid region gives a random window as well; it counts if `invalid` is 'random', not if it is 'drop'.
+    Sizes are those of random windows of area share `area`, so that only the place differs. The valid
+    regions of an image take turns; centres are jittered by `jitter_shift`. Places are random where no scene
+    is given and while guidance warms up, also in an image without valid regions; its crops count if
+    `invalid` is 'random', not if it is 'drop'.
     """
-    k_random, k_jitter, k_use = jax.random.split(key, 3)
+    k_random, k_shift, k_use = jax.random.split(key, 3)
     random = random_resized_crop_boxes(k_random, aspect, count, area, shape.ratio)
     if scene is None:
         return random, jnp.ones(random.shape[:2], bool)
-    repeat = -(-count // scene.rois.boxes.shape[1])
-    regions = jnp.tile(scene.rois.boxes, (1, repeat, 1))[:, :count]
-    valid = jnp.tile(scene.rois.valid, (1, repeat))[:, :count]
+    center, size = box_ops.center_size(_in_turn(scene.rois, count))
+    shift = jax.random.uniform(k_shift, center.shape, minval=-1.0, maxval=1.0)
+    valid = jnp.broadcast_to(jnp.any(scene.rois.valid, axis=1, keepdims=True), random.shape[:2])
     wanted = jax.random.uniform(k_use, valid.shape) < strength
-    guided = (valid & wanted)[:, :, None]
-    boxes = jnp.where(guided, jitter(k_jitter, regions, shape), random)
+    placed = _recenter(random, center + shape.jitter_shift * shift * size, shape)
+    boxes = jnp.where((valid & wanted)[:, :, None], placed, random)
     return boxes, valid | ~wanted if invalid == "drop" else jnp.ones_like(valid)
+
+
+def _in_turn(rois: Rois, count: int) -> Float[Array, "b {count} 4"]:
+    """The valid regions of each image one after the other, from the first again when they are used up."""
+    order = jnp.argsort(~rois.valid, axis=1, stable=True)
+    valid = jnp.maximum(jnp.sum(rois.valid, axis=1, keepdims=True), 1)
+    index = jnp.take_along_axis(order, jnp.arange(count)[None, :] % valid, axis=1)
+    return jnp.take_along_axis(rois.boxes, index[:, :, None], axis=1)
 
 
 def thresholded_box(maps: Float[Array, "b h w"], threshold: float) -> Float[Array, "b 4"]:
@@ -204,9 +222,15 @@ def _extent(line: Bool[Array, "b n"], n: int) -> tuple[Array, Array]:
     return jnp.argmax(line, axis=1) / n, 1.0 - jnp.argmax(line[:, ::-1], axis=1) / n
 
 
-def _recenter(random: Pair, center: Float[Array, "b 2 2"], shape: Shape) -> Pair:
+def _recenter(
+    random: Float[Array, "b n 4"], center: Float[Array, "b n 2"], shape: Shape
+) -> Float[Array, "b n 4"]:
     _, size = box_ops.center_size(random)
     return box_ops.clip_inside(box_ops.from_center_size(center, size), shape.min_size)
+
+
+def _above_mean(maps: Float[Array, "b h w"]) -> Float[Array, "b h w"]:
+    return jax.nn.relu(maps - jnp.mean(maps, axis=(1, 2), keepdims=True))
 
 
 def _mass_inside(maps: Float[Array, "b h w"], boxes: Float[Array, "b n 4"]) -> Float[Array, "b n"]:
