@@ -51,7 +51,7 @@ class Writer:
         self._dir.mkdir(parents=True, exist_ok=True)
         self._lines = _LineFile(self._dir / "metrics.jsonl", resume_step)
         if tensorboard:
-            self._board = Board(str(self._dir / "tensorboard"), resume_step)
+            self._board = Board(str(self._dir / "tensorboard"), resume_step, _REMOTE_INTERVAL)
         self._trackers = [Tracker(name, workdir, resume_step) for name in trackers]
 
     def __enter__(self) -> "Writer":
