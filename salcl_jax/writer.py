@@ -21,6 +21,7 @@ from etils import epath
 
 from salcl_jax.board import Board
 from salcl_jax.trackers import Tracker
+from salcl_jax.workdir import step_of
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 _REMOTE_INTERVAL = 30.0  # seconds; a bucket object can only be replaced whole, about once a second
@@ -159,10 +160,8 @@ def _is_remote(path: epath.Path) -> bool:
 
 def _belongs(line: str, last_step: int) -> bool:
     """Whether a line is complete and not from after `last_step`."""
-    try:
-        return int(json.loads(line)["step"]) <= last_step
-    except (ValueError, KeyError, TypeError):
-        return False
+    step = step_of(line)
+    return step is not None and step <= last_step
 
 
 def replace_text(path: epath.Path, text: str) -> None:

@@ -13,6 +13,7 @@ from etils.epath import backend, gpath
 from salcl_jax import progress as progress_lib
 from salcl_jax import writer
 from salcl_jax.progress import Progress
+from salcl_jax.workdir import last_step
 from salcl_jax.writer import Writer
 
 
@@ -37,10 +38,15 @@ def test_scalars_are_one_valid_json_line_each_and_at_once(tmp_path):
     assert read_lines(tmp_path)[1] == {"step": 2, "a": None, "b": 3.0}
 
 
-@pytest.mark.parametrize("tail", ["", '{"step": 30, "x": 1.', "garbage\n", "[1]\n", "\x00\x00"])
+HOSTILE = ['{"step": 1e999}\n', '{"step": NaN}\n', '{"step": null}\n', '[' * 100_000 + "\n",
+           '{"step": ' + "9" * 5000 + "}\n"]  # fmt: skip
+
+
+@pytest.mark.parametrize("tail", ["", '{"step": 30, "x": 1.', "garbage\n", "[1]\n", "\x00\x00", *HOSTILE])
 def test_interrupted_run_is_repaired(tmp_path, tail):
     good = "".join(f'{{"step": {s}, "x": {s}.5}}\n' for s in (10, 20, 20, 25))
     (tmp_path / "metrics.jsonl").write_text(good + tail)
+    assert last_step(str(tmp_path)) == 25
     with open_writer(tmp_path, resume_step=20) as out:
         assert [line["step"] for line in read_lines(tmp_path)] == [10, 20, 20]
         out.scalars(21, {"x": 1})
