@@ -31,6 +31,12 @@ def numbered_names(numbers: Sequence[int], where: str) -> tuple[str, ...]:
     return tuple(str(number) for number in range(high + 1))
 
 
+def _integer(digits: str, where: str) -> int:
+    if len(digits) > 1000:  # Python reads no number of several thousand
+        raise ValueError(f"{where}: label {digits[:_SHOWN]}... is no class; use one below {_CLASSES}")
+    return int(digits)
+
+
 def folder_labels(files: list[str]) -> Table:
     """The parent folder's name is the class; classes are numbered by name."""
     parents = [os.path.basename(os.path.dirname(path)) for path in files]
@@ -120,7 +126,7 @@ def _numbers(rows: list[dict], path: str) -> tuple[list[int], tuple[str, ...]]:
     """Integer labels are kept, with `name` as class names if given; words are numbered."""
     words = [row["label"] for row in rows]
     if words and all(word.isdecimal() for word in words):
-        numbers = [int(word) for word in words]
+        numbers = [_integer(word, path) for word in words]
         known = {label: row.get("name") for label, row in zip(numbers, rows, strict=True)}
         return numbers, tuple(known.get(i) or name for i, name in enumerate(numbered_names(numbers, path)))
     names = tuple(sorted(set(words)))
@@ -164,7 +170,7 @@ def _parse_list(path: str) -> list[tuple[str, int]]:
     found = []
     for line in filter(None, map(str.strip, read_text(path).splitlines())):
         name, *last = line.rsplit(maxsplit=1)
-        found.append((name, int(last[0])) if last and last[0].isdecimal() else (line, -1))
+        found.append((name, _integer(last[0], path)) if last and last[0].isdecimal() else (line, -1))
     if not found:
         raise ValueError(f"{path}: lists no photo; write one name a line")
     odd = next((name for name, label in found if (label < 0) != (found[0][1] < 0)), None)
