@@ -45,7 +45,7 @@ class Judge:
     kept: dict[tuple, Any] = dataclasses.field(default_factory=dict)  # what a picture needs later
     opened: dict[str, Source] = dataclasses.field(default_factory=dict)
     compiled: dict[tuple, Callable] = dataclasses.field(default_factory=dict)
-    unread: dict[Source, int] = dataclasses.field(default_factory=dict)  # photos that could not be used
+    unread: dict[str, int] = dataclasses.field(default_factory=dict)  # digest -> photos that cannot be used
 
     def subject(self, name: str, state: TrainState | None) -> Subject:
         """A subject whose features may be cached."""
@@ -89,11 +89,11 @@ class Judge:
         self._note(source, lost)
 
     def _note(self, source: Source, lost: int) -> None:
-        told = {other.digest() for other, count in self.unread.items() if lost and count}
-        if lost and source.digest() not in told and jax.process_index() == 0:
+        digest = source.digest()  # subsets are made anew at each evaluation: sources as keys would pile up
+        if lost and not self.unread.get(digest) and jax.process_index() == 0:
             few = f"{lost:,} of {self.count(source):,} photos cannot be used and count in no figure"
             print(f"warning: {source.name}: {few}; check the files", file=sys.stderr, flush=True)
-        self.unread[source] = lost
+        self.unread[digest] = lost
 
     def features(
         self,
@@ -172,7 +172,7 @@ class Judge:
         }  # fmt: skip
 
         def with_unread() -> Columns:
-            return compute() | {"unread": np.array([self.unread[source]], np.int32)}
+            return compute() | {"unread": np.array([self.unread[source.digest()]], np.int32)}
 
         found = dict(feature_cache.cached(self.cache if subject.digest else None, key, with_unread))
         self._note(source, int(found.pop("unread")[0]))

@@ -67,7 +67,7 @@ def about(task: str, judge: Judge) -> dict[str, str]:
     photos = {}
     for name, s in _open(task, judge).items():
         count = len(s) if (task, name) == ("semi", "train") else judge.count(s)  # no limit on few labels
-        lost = judge.unread.get(s, 0)
+        lost = judge.unread.get(s.digest(), 0)
         photos[name] = f"{count - lost:,} of {s.name}" + (f" ({lost:,} cannot be used)" if lost else "")
     view = _view(task, judge)
     return {"protocol": protocol} | ({"view": view} if view else {}) | photos

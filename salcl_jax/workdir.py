@@ -45,13 +45,19 @@ def alone(workdir: str) -> Iterator[None]:
         yield
 
 
+def step_of(line: str | bytes) -> int | None:
+    """Step of a line of metrics.jsonl; None where the line is broken, whatever it holds."""
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
+        return None
+
+
 def last_step(workdir: str) -> int:
     """Newest step that metrics.jsonl of a run tells of, 0 where it tells of none."""
-    path, steps = epath.Path(workdir) / "metrics.jsonl", [0]
-    for line in path.read_bytes().splitlines() if path.exists() else ():
-        with contextlib.suppress(ValueError, KeyError, TypeError):
-            steps.append(int(json.loads(line)["step"]))
-    return max(steps)
+    path = epath.Path(workdir) / "metrics.jsonl"
+    steps = map(step_of, path.read_bytes().splitlines() if path.exists() else ())
+    return max((step for step in steps if step is not None), default=0)
 
 
 def check_nothing_lost(workdir: str, every: int) -> bool:

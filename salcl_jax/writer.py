@@ -21,6 +21,7 @@ from etils import epath
 
 from salcl_jax.board import Board
 from salcl_jax.trackers import Tracker
+from salcl_jax.workdir import step_of
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 _REMOTE_INTERVAL = 30.0  # seconds; a bucket object can only be replaced whole, about once a second
@@ -51,7 +52,7 @@ class Writer:
         self._dir.mkdir(parents=True, exist_ok=True)
         self._lines = _LineFile(self._dir / "metrics.jsonl", resume_step)
         if tensorboard:
-            self._board = Board(str(self._dir / "tensorboard"), resume_step)
+            self._board = Board(str(self._dir / "tensorboard"), resume_step, _REMOTE_INTERVAL)
         self._trackers = [Tracker(name, workdir, resume_step) for name in trackers]
 
     def __enter__(self) -> "Writer":
@@ -159,10 +160,8 @@ def _is_remote(path: epath.Path) -> bool:
 
 def _belongs(line: str, last_step: int) -> bool:
     """Whether a line is complete and not from after `last_step`."""
-    try:
-        return int(json.loads(line)["step"]) <= last_step
-    except (ValueError, KeyError, TypeError):
-        return False
+    step = step_of(line)
+    return step is not None and step <= last_step
 
 
 def replace_text(path: epath.Path, text: str) -> None:

@@ -136,12 +136,12 @@ def test_a_number_too_large_for_a_class_is_told(folder, kind):
     folder, _ = folder
     table = folder / "table"
     spec = {"kind": "folder", "roots": str(folder / "x"), kind: str(table)}
-    for number in (999_999, 1_000_000, 10**30):
+    for number in (999_999, 1_000_000, 10**30, "9" * 5000):
         table.write_text(f"a.JPEG {number}\n" if kind == "list" else f"file,label\nn01/a.JPEG,{number}\n")
-        if number < 1_000_000:
+        if number == 999_999:
             assert sources.open_source(spec).class_names[-1] == "999999"
             continue
-        with pytest.raises(ValueError, match=f"{table}: label {number} is no class") as caught:
+        with pytest.raises(ValueError, match=f"{table}: label {str(number)[:12]}.* is no class") as caught:
             sources.open_source(spec)
         assert "\n" not in str(caught.value)
 

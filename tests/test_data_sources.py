@@ -147,6 +147,63 @@ def test_json_without_boxes_or_with_unknown_categories_is_refused(tmp_path):
     assert len(sources.open_source(spec).read(0)["boxes"]) == 1
 
 
+NOTE = {"id": 5, "image_id": 7, "category_id": 3, "bbox": [0, 0, 4, 4]}
+ENTRY = {"id": 7, "file_name": "7.jpg", "width": 9, "height": 9}
+
+
+@pytest.mark.parametrize(("part", "entry", "message"), [
+    ("annotations", 3, "annotations entry number 2 is 3, no object"),
+    ("annotations", NOTE | {"bbox": [0, 0, 4, 4] * 2}, r"annotations entry 5 has bbox .*four numbers"),
+    ("annotations", NOTE | {"bbox": [0, 0, 4]}, "annotations entry 5 has bbox"),
+    ("annotations", NOTE | {"bbox": "0044"}, "annotations entry 5 has bbox '0044'"),
+    ("annotations", NOTE | {"bbox": [0, 0, 4, float("nan")]}, "annotations entry 5 has bbox .*nan"),
+    ("annotations", NOTE | {"bbox": [0, 0, 10**400, 4]}, "annotations entry 5 has bbox"),
+    ("annotations", NOTE | {"category_id": [3]}, r"annotations entry 5 has category_id \[3\]"),
+    ("annotations", NOTE | {"image_id": "7"}, "ids of images are numbers and text, such as 7 and '7'"),
+    ("categories", {"id": "b", "name": "b"}, "ids of categories are numbers and text, such as 3 and 'b'"),
+    ("categories", {"id": 4, "name": 4}, "categories entry 4 has name 4, not text"),
+    ("categories", {"id": float("inf"), "name": "b"}, "categories entry inf has id inf"),
+    ("images", ENTRY | {"file_name": 7}, "images entry 7 has file_name 7, not text"),
+    ("images", ENTRY | {"width": "9"}, "images entry 7 has width '9', not a number of pixels"),
+    ("images", ENTRY | {"width": 0}, "images entry 7 has width 0"),
+    ("images", ENTRY | {"height": -9}, "images entry 7 has height -9"),
+    ("images", ENTRY | {"id": "a\nb", "height": float("inf")}, r"images entry 'a\\nb' has height inf"),
+])  # fmt: skip
+def test_an_entry_of_json_that_cannot_be_used_is_named(tmp_path, part, entry, message):
+    write(tmp_path / "images/7.jpg")
+    data = {"images": [ENTRY], "annotations": [NOTE], "categories": [{"id": 3, "name": "car"}]}
+    data[part] = [*data[part], entry]
+    check_refused(tmp_path, "annotations", json.dumps(data), message)
+
+
+@pytest.mark.parametrize(("text", "message"), [
+    ('{"images": [', "is no JSON"), ("[" * 100_000, "is no JSON"), ("7", "has no categories"),
+    ('{"categories": {}}', "has no categories"), (f'[{"9" * 5000}]', "is no JSON"),
+])  # fmt: skip
+def test_json_of_another_form_is_refused(tmp_path, text, message):
+    write(tmp_path / "images/7.jpg")
+    check_refused(tmp_path, "annotations", text, message)
+
+
+@pytest.mark.parametrize(("rows", "message"), [
+    ("7.jpg,cat,train\n7.jpg", "line 3 has no label, split; complete the row or drop it"),
+    ("7.jpg,cat,train\n7.jpg,dog", "line 3 has no split"),
+    (f"7.jpg,{'x' * 200_000},train", "line 2: field larger than field limit"),
+    ('7.jpg,cat,train\n7.jpg,"do', "line 3: unexpected end of data"),
+])  # fmt: skip
+def test_a_row_that_is_cut_short_is_named(tmp_path, rows, message):
+    write(tmp_path / "images/7.jpg")
+    check_refused(tmp_path, "labels", f"file,label,split\n{rows}", message, split="train")
+
+
+def check_refused(folder: pathlib.Path, kind: str, text: str, message: str, **more):
+    path = folder / "table"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=message) as caught:
+        sources.open_source({"kind": "folder", "roots": (str(folder / "images"),), kind: str(path), **more})
+    assert "\n" not in str(caught.value) and str(caught.value).startswith(f"{path}: ")
+
+
 def test_real_scenes_open_with_their_boxes():
     folder = SHARED / "coco_scenes"
     if not folder.is_dir():

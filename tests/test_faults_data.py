@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 from runs import finish, home, metrics, start, summary
 
-from salcl_jax.data import masks, tfds_source
+from salcl_jax.data import files, masks, records, tfds_source
 from salcl_jax.data import pipeline as p
 from salcl_jax.data.decode import FORMATS, REASONS
 from salcl_jax.data.sources import Source, open_source
@@ -261,6 +261,38 @@ def test_a_tfrecord_file_that_vanishes_or_shrinks_while_streaming(tmp_path):
     assert 20 < lost < 35 and len(notes) == lost and {reason for _, reason in notes} == {"unreadable"}
     places = {place.split(" at byte ")[0] for place, _ in notes}
     assert places == {str(tmp_path / "0.tfrecord"), str(tmp_path / "1.tfrecord")} and len(set(notes)) == lost
+
+
+def test_a_handle_that_failed_is_not_used_again(tmp_path):
+    """As after a network share that was away: its open files go on failing."""
+    shards(tmp_path)
+    path = str(tmp_path / "0.tfrecord")
+    reader = records.Reader(records.build_index([(path, 0, -1)]))
+    first = reader(0)
+    file, away = reader._file(0), str(tmp_path / "away")
+    os.close(file.fd)
+    file.fd = os.open(tmp_path, os.O_RDONLY)  # reads from it raise OSError
+    assert reader(0) == first and len(reader._files) == 1
+    os.rename(path, away)
+    reader._file(0).read = file.read
+    for _ in range(2):
+        with pytest.raises(OSError):
+            reader(0)
+    os.rename(away, path)
+    assert reader(0) == first == reader(0)
+
+
+def test_a_file_on_a_bucket_that_is_gone_is_an_error_of_files(tmp_path):
+    tf = pytest.importorskip("tensorflow")
+    path = f"ram://{tmp_path.name}/gone.tfrecord"
+    with tf.io.TFRecordWriter(path) as writer:
+        writer.write(b"a")
+    reader = records.Reader(records.build_index([(path, 0, -1)]))
+    tf.io.gfile.remove(path)
+    for read in (lambda: reader(0), lambda: files.read_file(path)):
+        with pytest.raises(OSError, match="gone.tfrecord") as caught:
+            read()
+        assert "\n" not in str(caught.value)
 
 
 def test_the_list_is_bounded_survives_a_restart_and_starts_anew(tmp_path):

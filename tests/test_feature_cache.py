@@ -40,17 +40,25 @@ def test_without_a_folder_nothing_is_kept():
     assert cached(None, {}, compute)["pooled"][0, 0] == 2
 
 
-@pytest.mark.parametrize("damage", ["truncated", "missing", "index", "half a write"])
+INDICES = ["{", "[]", "7", '{"columns": 7}', '{"columns": ["pooled"]}', "[" * 100_000]
+
+
+@pytest.mark.parametrize("damage", ["truncated", "empty", "missing", "an archive", *INDICES, "half a write"])
 def test_what_cannot_be_read_is_computed_again(tmp_path, damage):
     compute = Counter()
     cached(str(tmp_path), {}, compute)
     (place,) = tmp_path.iterdir()
     if damage == "truncated":
         os.truncate(place / "pooled.npy", 100)
+    elif damage == "empty":
+        os.truncate(place / "pooled.npy", 0)
+    elif damage == "an archive":
+        with open(place / "pooled.npy", "wb") as file:
+            np.savez(file, np.zeros((3, 2)))
     elif damage == "missing":
         (place / "label.npy").unlink()
-    elif damage == "index":
-        (place / "columns.json").write_text("{")
+    elif damage in INDICES:
+        (place / "columns.json").write_text(damage)
     else:
         shutil.move(place, tmp_path / ".half-1")
     assert cached(str(tmp_path), {}, compute)["pooled"][0, 0] == 2

@@ -195,7 +195,7 @@ def test_a_batch_counts_broken_photos_and_no_padding(folder):
     judge, _ = judge_for(config_for(folder))
     source = judge.source("classify.train")
     assert len(list(judge.batches(source, ""))) == 2  # 25 photos in batches of 16
-    assert judge.unread == {source: 1}
+    assert judge.unread == {source.digest(): 1}
 
 
 def renamed(source, *names):
@@ -330,6 +330,15 @@ def test_a_subset_reads_its_rows_and_has_a_digest_of_its_own(folder):
     some = subset(source, np.array([4, 2]))
     assert len(some) == 2 and some.read(0)["label"] == source.read(4)["label"] == 1
     assert len({some.digest(), source.digest(), subset(source, np.array([2, 4])).digest()}) == 3
+
+
+def test_subsets_made_anew_leave_nothing_behind(folder, capsys):
+    judge, subject = judge_for(config_for(folder))
+    source, online = judge.source("classify.train"), Subject("online", subject.state, digest="")
+    for _ in range(3):
+        judge.features(online, subset(source, np.arange(9, 13)))
+    assert list(judge.unread.values()) == [1]
+    assert capsys.readouterr().err.count("warning: ") == 1
 
 
 @pytest.mark.parametrize("colours", [False, True])

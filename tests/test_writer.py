@@ -8,10 +8,12 @@ import sys
 
 import numpy as np
 import pytest
+from etils.epath import backend, gpath
 
 from salcl_jax import progress as progress_lib
 from salcl_jax import writer
 from salcl_jax.progress import Progress
+from salcl_jax.workdir import last_step
 from salcl_jax.writer import Writer
 
 
@@ -36,10 +38,15 @@ def test_scalars_are_one_valid_json_line_each_and_at_once(tmp_path):
     assert read_lines(tmp_path)[1] == {"step": 2, "a": None, "b": 3.0}
 
 
-@pytest.mark.parametrize("tail", ["", '{"step": 30, "x": 1.', "garbage\n", "[1]\n", "\x00\x00"])
+HOSTILE = ['{"step": 1e999}\n', '{"step": NaN}\n', '{"step": null}\n', '[' * 100_000 + "\n",
+           '{"step": ' + "9" * 5000 + "}\n"]  # fmt: skip
+
+
+@pytest.mark.parametrize("tail", ["", '{"step": 30, "x": 1.', "garbage\n", "[1]\n", "\x00\x00", *HOSTILE])
 def test_interrupted_run_is_repaired(tmp_path, tail):
     good = "".join(f'{{"step": {s}, "x": {s}.5}}\n' for s in (10, 20, 20, 25))
     (tmp_path / "metrics.jsonl").write_text(good + tail)
+    assert last_step(str(tmp_path)) == 25
     with open_writer(tmp_path, resume_step=20) as out:
         assert [line["step"] for line in read_lines(tmp_path)] == [10, 20, 20]
         out.scalars(21, {"x": 1})
@@ -133,6 +140,71 @@ def test_missing_tensorboardx_is_one_warning(tmp_path, monkeypatch, caplog):
         out.scalars(1, {"x": 1})
     assert len(caplog.records) == 1 and "tensorboardX is not installed" in caplog.text
     assert len(read_lines(tmp_path)) == 1
+
+
+class Bucket:
+    """A folder stands for the buckets of gs://; names with `broken` in them cannot be written."""
+
+    broken = "\0"
+
+    def __init__(self, folder):
+        self.folder, self.writes = folder, []
+
+    def __getattr__(self, name):
+        def call(path, *rest, **named):
+            if name == "open" and "w" in rest[0]:
+                self.writes.append(path)
+                if self.broken in path:
+                    raise RuntimeError("403 Forbidden\nno access")
+            local = path.replace("gs://", f"{self.folder}/")
+            return getattr(backend.os_backend, name)(local, *rest, **named)
+
+        return call
+
+
+@pytest.fixture
+def bucket(tmp_path, monkeypatch):
+    found = Bucket(tmp_path)
+    monkeypatch.setattr(gpath.PosixGPath, "_backend", found)
+    monkeypatch.setattr(writer, "_REMOTE_INTERVAL", 1e9)
+    return found
+
+
+def steps_of(folder):
+    """Steps of the scalars in the event files of a folder."""
+    module = "tensorboard.backend.event_processing.event_accumulator"
+    events = pytest.importorskip(module).EventAccumulator(str(folder))
+    events.Reload()
+    return [event.step for event in events.Scalars("x")]
+
+
+def test_tensorboard_files_on_a_bucket_are_renewed_now_and_then_and_at_the_end(tmp_path, bucket, monkeypatch):
+    pytest.importorskip("tensorboardX")
+    clock, place = Clock(), tmp_path / "b/run/tensorboard"
+    monkeypatch.setattr(writer, "_REMOTE_INTERVAL", 30.0)
+    monkeypatch.setattr(writer.time, "monotonic", clock)
+    for resume in (0, 20):
+        with open_writer("gs://b/run", resume_step=resume, tensorboard=True) as out:
+            for step in range(resume + 1, resume + 21):
+                clock.now += 4
+                out.scalars(step, {"x": step})
+            assert steps_of(place) == list(range(1, resume + 17))  # copied after 32 and 64 seconds
+        assert steps_of(place) == list(range(1, resume + 21))
+    assert sum("tensorboard" in path for path in bucket.writes) == 2 * 3
+    assert len(list(place.iterdir())) == 2
+
+
+def test_a_bucket_that_refuses_tensorboard_files_costs_them_only(tmp_path, bucket, monkeypatch, caplog):
+    pytest.importorskip("tensorboardX")
+    monkeypatch.setattr(bucket, "broken", "tfevents")
+    monkeypatch.setattr(writer, "_REMOTE_INTERVAL", 0.0)
+    with caplog.at_level(logging.WARNING), open_writer("gs://b/run", tensorboard=True) as out:
+        for step in (1, 2):
+            out.scalars(step, {"x": step})
+        out.image(2, "p", np.zeros((2, 2, 3), np.uint8))
+    (message,) = caplog.messages
+    assert message.startswith("TensorBoard: 403 Forbidden no access") and "\n" not in message
+    assert len(read_lines(tmp_path / "b/run")) == 2 and not list(tmp_path.glob("b/run/tensorboard/*"))
 
 
 class Clock:

@@ -34,7 +34,12 @@ def _read_remote(path: str, most: int | None) -> bytes:
             _refuse_large(path, size, most)
             return file.read(size)
     except tf.errors.OpError as error:
-        raise OSError(errno.EIO, str(error).splitlines()[0], path) from error
+        raise remote_error(error, path) from error
+
+
+def remote_error(error: Exception, path: str) -> OSError:
+    """An error of TensorFlow's file systems, which may say nothing or many lines, as one of files."""
+    return OSError(errno.EIO, (str(error).splitlines() or [type(error).__name__])[0], path)
 
 
 def _open_regular(path: str, flags: int) -> int:

@@ -10,6 +10,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from salcl_jax.data.files import remote_error
+
 _HEADER = struct.Struct("<QI")  # length, masked crc32c of the length
 _OVERHEAD = 16  # header 12 bytes, crc of the data 4 bytes
 _OPEN_FILES = 128
@@ -46,8 +48,11 @@ class _RemoteFile:
     def __init__(self, path: str):
         import tensorflow as tf
 
-        self.size = tf.io.gfile.stat(path).length
-        self._error = tf.errors.OpError
+        self._path, self._error = path, tf.errors.OpError
+        try:
+            self.size = tf.io.gfile.stat(path).length
+        except self._error as error:
+            raise remote_error(error, path) from error
         self._open = lambda: tf.io.gfile.GFile(path, "rb")
         self._idle: deque = deque(maxlen=_IDLE_HANDLES)  # a handle has a position: one reader at a time
 
@@ -60,7 +65,7 @@ class _RemoteFile:
             file.seek(offset)
             data = file.read(length)
         except self._error as error:
-            raise OSError(str(error).splitlines()[0]) from error
+            raise remote_error(error, self._path) from error
         self._idle.append(file)  # not after an error: that handle is dropped
         return data
 
@@ -141,7 +146,10 @@ def build_index(shards: Sequence[tuple[str, int, int]], threads: int = 8) -> Ind
 
 
 class Reader:
-    """Thread-safe `reader(i) -> bytes` over an Index, with a bounded set of open files."""
+    """Thread-safe `reader(i) -> bytes` over an Index, with a bounded set of open files.
+
+    Raises OSError where a file cannot be read, through a new handle either, and ValueError where it changed.
+    """
 
     def __init__(self, index: Index):
         self._index, self._lock = index, threading.Lock()
@@ -157,12 +165,23 @@ class Reader:
 
     def _file(self, shard: int) -> _LocalFile | _RemoteFile:
         with self._lock:
-            file = self._files.pop(shard, None)
-            file = _open(self._index.paths[shard]) if file is None else file
-            self._files[shard] = file
+            if shard in self._files:
+                self._files.move_to_end(shard)
+                return self._files[shard]
+        file = _open(self._index.paths[shard])  # without the lock: storage may not answer
+        with self._lock:
+            file = self._files.setdefault(shard, file)
             if len(self._files) > _OPEN_FILES:
                 self._files.popitem(last=False)
             return file
+
+    def _read(self, shard: int, offset: int, length: int) -> bytes:
+        try:
+            return self._file(shard).read(offset, length)
+        except OSError:  # a handle may go on failing after its storage is back
+            with self._lock:
+                self._files.pop(shard, None)
+        return self._file(shard).read(offset, length)
 
     def place(self, i: int) -> str:
         """File of record i and the position of its data in it."""
@@ -170,7 +189,7 @@ class Reader:
 
     def __call__(self, i: int) -> bytes:
         shard, length = int(self._index.shard[i]), int(self._index.length[i])
-        data = self._file(shard).read(int(self._index.offset[i]), length + 4)
+        data = self._read(shard, int(self._index.offset[i]), length + 4)
         path = self._index.paths[shard]
         if len(data) != length + 4:
             raise ValueError(f"{path}: changed while being read; copy it again")

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from salcl_jax.data import arrays, files, masks, regions, tables
+from salcl_jax.data import arrays, coco, files, masks, regions, tables
 
 
 def _of_its_own() -> Callable[[], str]:
@@ -194,7 +194,7 @@ def _table(spec: Mapping[str, Any], roots: tuple[str, ...], folder: str) -> tabl
         return tables.folder_labels(paths) if spec.get("label_from_folder") else tables.Table(paths, {})
     path = os.fspath(spec[given[0]])
     if given == ["annotations"]:
-        return tables.coco(path, roots, paths)
+        return coco.read(path, roots, paths)
     read = tables.labels if given == ["labels"] else tables.segmentations
     return read(path, roots, paths, where)
 

@@ -1,12 +1,9 @@
-"""What files say about photos: CSV labels, COCO JSON, segmentations, lists of photos to keep."""
+"""What files say about photos: CSV labels, segmentations, lists of photos to keep."""
 
 import csv
-import json
 import os
 from collections.abc import Sequence
-from typing import Any, NamedTuple
-
-import numpy as np
+from typing import NamedTuple
 
 from salcl_jax.data.files import escapes, locate, read_text, stats
 
@@ -34,84 +31,18 @@ def numbered_names(numbers: Sequence[int], where: str) -> tuple[str, ...]:
     return tuple(str(number) for number in range(high + 1))
 
 
+def _integer(digits: str, where: str) -> int:
+    if len(digits) > 1000:  # Python reads no number of several thousand
+        raise ValueError(f"{where}: label {digits[:_SHOWN]}... is no class; use one below {_CLASSES}")
+    return int(digits)
+
+
 def folder_labels(files: list[str]) -> Table:
     """The parent folder's name is the class; classes are numbered by name."""
     parents = [os.path.basename(os.path.dirname(path)) for path in files]
     names = tuple(sorted(set(parents)))
     number = {name: i for i, name in enumerate(names)}
     return Table(files, {"label": [number[parent] for parent in parents]}, names)
-
-
-def coco(paths: str, roots: tuple[str, ...], files: list[str]) -> Table:
-    """Boxes, classes and difficult of COCO-style JSON; crowds are dropped, photos without stay.
-
-    Of several files, comma-separated, classes with the same name are one.
-    """
-    tables = [_coco_file(path.strip(), roots, files) for path in paths.split(",")]
-    if len(tables) == 1:
-        return tables[0]
-    names = tuple(dict.fromkeys(name for table in tables for name in table.class_names))
-    number = {name: i for i, name in enumerate(names)}
-    found: list[str] = []
-    columns: dict[str, list] = {key: [] for key in tables[0].columns}
-    for table in tables:
-        if twice := set(found) & set(table.files):
-            raise ValueError(f"{paths}: {min(twice)} is in more than one of these files")
-        found += table.files
-        new = np.array([number[name] for name in table.class_names], np.int32)
-        table.columns["classes"] = [new[kinds] for kinds in table.columns["classes"]]
-        for key, column in table.columns.items():
-            columns[key] += column
-    return Table(found, columns, names)
-
-
-def _coco_file(path: str, roots: tuple[str, ...], files: list[str]) -> Table:
-    data = _boxes_json(path)
-    categories = sorted(data["categories"], key=lambda category: category["id"])
-    number = {category["id"]: i for i, category in enumerate(categories)}
-    objects: dict[Any, list[tuple]] = {image["id"]: [] for image in data["images"]}
-    for note in data["annotations"]:
-        if not note.get("iscrowd") and note["image_id"] in objects:
-            hard = bool(note.get("difficult") or note.get("ignore"))
-            objects[note["image_id"]].append((note["bbox"], number[note["category_id"]], hard))
-    columns: dict[str, list] = {"boxes": [], "classes": [], "difficult": []}
-    for image in data["images"]:
-        found = objects[image["id"]]
-        x, y, w, h = np.array([box for box, _, _ in found], np.float64).reshape(-1, 4).T
-        wide, high = image["width"], image["height"]
-        corners = np.stack([y / high, x / wide, (y + h) / high, (x + w) / wide], 1)
-        columns["boxes"].append(np.clip(corners, 0, 1).astype(np.float32))
-        columns["classes"].append(np.array([kind for _, kind, _ in found], np.int32))
-        columns["difficult"].append(np.array([hard for _, _, hard in found], bool))
-    files = locate([image["file_name"] for image in data["images"]], roots, files, path)
-    return Table(files, columns, tuple(category["name"] for category in categories))
-
-
-def _boxes_json(path: str) -> dict[str, Any]:
-    """The content of COCO-style JSON with boxes; ValueError names what is missing."""
-    data = json.loads(read_text(path))
-    parts = {
-        "categories": ("id", "name"), "images": ("id", "file_name", "width", "height"),
-        "annotations": ("image_id", "category_id", "bbox"),
-    }  # fmt: skip
-    for part, needed in parts.items():
-        if not isinstance(data, dict) or part not in data:
-            raise ValueError(f"{path}: has no {part}; give COCO-style JSON of objects with boxes")
-        for entry in data[part]:
-            if entry.get("iscrowd"):  # is not read
-                continue
-            missing = [key for key in needed if entry.get(key) is None]
-            if missing:
-                which = f"{part} entry {entry.get('id', '')} has no {', '.join(missing)}"
-                raise ValueError(f"{path}: {which}; give COCO-style JSON of objects with boxes")
-    known = {category["id"] for category in data["categories"]}
-    for note in data["annotations"]:
-        if not note.get("iscrowd") and note["category_id"] not in known:
-            raise ValueError(
-                f"{path}: category_id {note['category_id']} of an object of image {note['image_id']} is not "
-                "among the categories; add it there or drop the object"
-            )
-    return data
 
 
 def labels(path: str, roots: tuple[str, ...], files: list[str], where: Sequence[tuple[str, str]]) -> Table:
@@ -156,13 +87,23 @@ def parse_where(text: str) -> list[tuple[str, str]]:
 
 
 def _rows(path: str, needed: Sequence[str], where: Sequence[tuple[str, str]]) -> list[dict]:
-    reader = csv.DictReader(read_text(path).splitlines())
-    header = reader.fieldnames or ()
-    missing = {*needed, *(column for column, _ in where)} - set(header)
-    if missing:
-        has = ", ".join(header) or "no header"
-        raise ValueError(f"{path}: no column {', '.join(sorted(missing))}; it has {has}")
-    return list(reader)
+    """The rows, each with the columns that are needed; ValueError names the line of one that is cut short."""
+    reader = csv.DictReader(read_text(path).splitlines(), strict=True)
+    needed = {*needed, *(column for column, _ in where)}
+    rows = []
+    try:
+        header = reader.fieldnames or ()
+        if missing := needed - set(header):
+            has = ", ".join(header) or "no header"
+            raise ValueError(f"{path}: no column {', '.join(sorted(missing))}; it has {has}")
+        for row in reader:
+            if missing := [column for column in sorted(needed) if row[column] is None]:
+                what = f"line {reader.line_num} has no {', '.join(missing)}"
+                raise ValueError(f"{path}: {what}; complete the row or drop it")
+            rows.append(row)
+    except csv.Error as error:
+        raise ValueError(f"{path}: line {reader.reader.line_num}: {error}; mend or drop it") from error
+    return rows
 
 
 def _choose(rows: list[dict], where: Sequence[tuple[str, str]], path: str) -> list[int]:
@@ -185,7 +126,7 @@ def _numbers(rows: list[dict], path: str) -> tuple[list[int], tuple[str, ...]]:
     """Integer labels are kept, with `name` as class names if given; words are numbered."""
     words = [row["label"] for row in rows]
     if words and all(word.isdecimal() for word in words):
-        numbers = [int(word) for word in words]
+        numbers = [_integer(word, path) for word in words]
         known = {label: row.get("name") for label, row in zip(numbers, rows, strict=True)}
         return numbers, tuple(known.get(i) or name for i, name in enumerate(numbered_names(numbers, path)))
     names = tuple(sorted(set(words)))
@@ -229,7 +170,7 @@ def _parse_list(path: str) -> list[tuple[str, int]]:
     found = []
     for line in filter(None, map(str.strip, read_text(path).splitlines())):
         name, *last = line.rsplit(maxsplit=1)
-        found.append((name, int(last[0])) if last and last[0].isdecimal() else (line, -1))
+        found.append((name, _integer(last[0], path)) if last and last[0].isdecimal() else (line, -1))
     if not found:
         raise ValueError(f"{path}: lists no photo; write one name a line")
     odd = next((name for name, label in found if (label < 0) != (found[0][1] < 0)), None)
