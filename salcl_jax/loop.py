@@ -1,7 +1,7 @@
 """The loop of a run: steps, and what happens between them at chosen steps."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -14,7 +14,6 @@ from salcl_jax.data.sources import Source
 from salcl_jax.evaluators import HEADLINES, online
 from salcl_jax.panels import make_panel
 from salcl_jax.progress import Progress
-from salcl_jax.termination import watch_for_termination
 from salcl_jax.train_step import make_init, make_train_step
 from salcl_jax.types import HostBatch, TrainState
 
@@ -56,12 +55,12 @@ class Run:
         self.compilations = Compilations()
         self.alarm = Alarm(config.collapse.threshold, config.collapse.patience, history["below"])
 
-    def loop(self, state: TrainState) -> dict:
-        """Train to the last step; returns the summary."""
+    def loop(self, state: TrainState, told: Callable[[], bool]) -> dict:
+        """Train to the last step, or until `told` to terminate; returns the summary."""
         batches = host_batches(self.config, self.sources["train"], self.start)
         batches = sharding.prefetch_to_device(batches, self.mesh)
         pending = None
-        with watch_for_termination() as told, self.compilations, self.progress:
+        with self.compilations, self.progress:
             if self.start == 0:
                 self.history["untrained"] = self._evaluate(0, state)
                 self._draw(0, state)
@@ -166,6 +165,8 @@ class Run:
         extra = {"fields": config_record.learnt_fields(self.config), "history": self.history}
         self.skipped.write()  # before the step is saved: what it passed over is not met again
         self.saved.save(step, state, extra, force=force)
+        if force:  # whoever forces tells the user next that it is saved
+            self.saved.wait()
 
     def _summary(self) -> dict:
         return {

@@ -14,6 +14,7 @@ from salcl_jax.feature_cache import user_folder
 from salcl_jax.loop import FAILED, Run, Stopped, new_history
 from salcl_jax.models.network import Network, build, parameter_table
 from salcl_jax.skipped import Skipped
+from salcl_jax.termination import watch_for_termination
 from salcl_jax.train_step import make_init
 from salcl_jax.types import TrainState
 from salcl_jax.validation import validate
@@ -39,7 +40,8 @@ def train(config: Any, workdir: str) -> dict:
     network = build(**config.model)
     main = jax.process_index() == 0
     use_compilation_cache()
-    with _alone(workdir, main), _checkpointer(config, workdir) as saved:
+    # Told until all is closed: neither the last write nor a tracker's is cut short.
+    with watch_for_termination() as told, _alone(workdir, main), _checkpointer(config, workdir) as saved:
         with _user_errors():
             state, history, start = _restore_or_init(config, network, mesh, saved)
             again = start == 0 and check_nothing_lost(workdir, config.resolved.checkpoint_every)
@@ -55,7 +57,7 @@ def train(config: Any, workdir: str) -> dict:
             writer.config(config.to_dict())
             with _user_errors():
                 run = Run(config, network, mesh, sources, saved, writer, skipped, history, start)
-            summary = run.loop(state)
+            summary = run.loop(state, told)
             writer.summary(summary)
     return summary if main else {}
 

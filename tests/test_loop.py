@@ -1,0 +1,142 @@
+"""What the loop saves and says when something fails or ends it between two steps.
+
+The step, the evaluations and the pictures are stand-ins, so that the moment of a fault is exact; checkpoints,
+metrics and signals are real.
+"""
+
+import contextlib
+import os
+import signal
+
+import numpy as np
+import pytest
+from runs import metrics, newest
+from test_checkpoint import make_state
+from test_faults_data import made
+from test_faults_storage import full_disk
+
+from configs import folder
+from salcl_jax import checkpoint, loop, train
+
+pytestmark = pytest.mark.fault
+FIELDS = {
+    "total_steps": 12, "batch_size": 8, "checkpoint.every": 5 / 12, "eval.every": 0.25, "log.panels": 0.25,
+    "log.every": 1, "log.tensorboard": False,
+}  # fmt: skip
+
+
+def standing_in(state, batch):
+    """A step: every parameter moves, the figures are those of a healthy one."""
+    kernel = state.params["encoder"]["kernel"] + batch["image"].mean()
+    params = state.params | {"encoder": state.params["encoder"] | {"kernel": kernel}}
+    figures = {"finite": 1.0, "loss": kernel[1, 1], "grad_norm": 1.0, "spread": 1.0, "skipped": 0.0}
+    return state._replace(step=state.step + 1, params=params), figures
+
+
+@pytest.fixture
+def run(monkeypatch, tmp_path):
+    """Function (events, workdir='run', **fields) that trains 12 steps: an evaluation every 3, a save every 5.
+
+    events: what happens at a moment, {('batch' | 'evaluate' | 'draw', step): function}; a step's 'batch'
+    happens when it is asked for.
+    """
+    events = {}
+
+    def happen(what, step):
+        events.get((what, int(step)), lambda: None)()
+
+    def batches(config, source, start):
+        for step in range(start + 1, 100):
+            happen("batch", step)
+            yield {"image": np.full((8, 2), step, np.float32)}
+
+    def evaluation(*_):
+        return lambda state: happen("evaluate", state.step) or {"pretext/loss": float(state.step)}
+
+    def panel(*_):
+        return lambda state: happen("draw", state.step) or np.zeros((2, 2, 3), np.uint8)
+
+    def train_it(given, workdir="run", **fields):
+        events.clear()
+        events.update(given)
+        config = folder.get_config("smoke")
+        config.update_from_flattened_dict(FIELDS | {k.replace("__", "."): v for k, v in fields.items()})
+        return train.train(config, str(tmp_path / workdir))
+
+    monkeypatch.setattr(loop, "host_batches", batches)
+    monkeypatch.setattr(loop.online, "make_evaluation", evaluation)
+    monkeypatch.setattr(loop, "make_panel", panel)
+    monkeypatch.setattr(loop, "make_train_step", lambda *_: standing_in)
+    monkeypatch.setattr(loop.sharding, "prefetch_to_device", lambda found, mesh: (one for one in found))
+    for module in (loop, train):
+        monkeypatch.setattr(module, "make_init", lambda *_: lambda: make_state(0))
+    monkeypatch.setattr(train, "open_sources", lambda config: {"train": made(64), "pretext": made(64)})
+    for name in ("validate", "use_compilation_cache"):
+        monkeypatch.setattr(train, name, lambda *_, **__: None)
+    return train_it
+
+
+def tell():
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.fixture
+def told():
+    """SIGTERMs that reached what was there before the run: one ends a process."""
+    found, before = [], signal.getsignal(signal.SIGTERM)
+    signal.signal(signal.SIGTERM, lambda *_: found.append(1))
+    yield found
+    signal.signal(signal.SIGTERM, before)
+
+
+@contextlib.contextmanager
+def stopped(code, match):
+    with pytest.raises(loop.Stopped, match=match) as caught:
+        yield
+    assert caught.value.code == code and "\n" not in str(caught.value)
+
+
+def test_nothing_happens(run, tmp_path):
+    """The stand-ins themselves: a run to its end, and the same one stopped and continued."""
+    summary = run({})
+    assert summary["final"] == {"pretext/loss": 12.0} and newest(tmp_path / "run") == 12
+    with stopped(75, "saved step 7; start again"):
+        run({("batch", 7): tell}, "other")
+    assert newest(tmp_path / "other") == 7
+    assert run({}, "other")["final"] == summary["final"]
+    check_equal(tmp_path / "other", tmp_path / "run")
+
+
+def check_equal(one, other):
+    """The last parameters, and each line once with the same figures."""
+    np.testing.assert_equal(checkpoint.load_params(str(one)), checkpoint.load_params(str(other)))
+    for kind, name in (("train", "train/loss"), ("eval", "eval/pretext/loss")):
+        found, expected = ({s: row[name] for s, row in metrics(w, kind).items()} for w in (one, other))
+        assert found == expected and found
+
+
+def test_a_last_save_that_fails_is_not_told_as_saved(run, tmp_path, told):
+    with contextlib.ExitStack() as stack:
+
+        def tell_on_a_full_disk():
+            stack.enter_context(full_disk(8000))
+            tell()
+
+        with stopped(70, "could not be written.*make room"):
+            run({("batch", 7): tell_on_a_full_disk}, checkpoint__every=1.0)
+    assert newest(tmp_path / "run") == 1 and not told
+
+
+def test_sigterm_again_while_the_last_write_is_under_way(run, tmp_path, told, monkeypatch):
+    """Slurm sends it from two places: whatever is being closed then is closed."""
+    closing = checkpoint.Checkpointer.close
+
+    def close(saved):
+        tell()
+        closing(saved)
+        tell()
+
+    monkeypatch.setattr(checkpoint.Checkpointer, "close", close)
+    with stopped(75, "saved step 7"):
+        run({("batch", 7): tell})
+    assert newest(tmp_path / "run") == 7 and not told
