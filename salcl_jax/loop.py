@@ -1,5 +1,6 @@
 """The loop of a run: steps, and what happens between them at chosen steps."""
 
+import contextlib
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -52,6 +53,7 @@ class Run:
             is_main=jax.process_index() == 0,
         )  # fmt: skip
         self.clock = time.monotonic()
+        self.pending: tuple | None = None  # step, measured, waited: not yet recorded
         self.compilations = Compilations()
         self.alarm = Alarm(config.collapse.threshold, config.collapse.patience, history["below"])
 
@@ -59,24 +61,21 @@ class Run:
         """Train to the last step, or until `told` to terminate; returns the summary."""
         batches = host_batches(self.config, self.sources["train"], self.start)
         batches = sharding.prefetch_to_device(batches, self.mesh)
-        pending = None
         with self.compilations, self.progress:
             if self.start == 0:
                 self.history["untrained"] = self._evaluate(0, state)
                 self._draw(0, state)
             for step in range(self.start + 1, self.total + 1):
-                batch, waited = _next(batches)
+                with self._reading(step - 1, state):
+                    batch, waited = _next(batches)
                 state, measured = self.step(state, batch)
-                if pending:  # read one step late: the device is never waited for
-                    self._record(*pending, state)
-                pending = (step, measured, waited)
+                self._settle(state)  # read one step late: the device is never waited for
+                self.pending = (step, measured, waited)
                 if self._due(step):
-                    self._record(*pending, state)
-                    pending = None
+                    self._settle(state)
                     self._at(step, state)
                 if told() or self.saved.reached_preemption(step):
-                    if pending:
-                        self._record(*pending, state)
+                    self._settle(state)
                     self._save(step, state, force=True)
                     raise Stopped(f"told to terminate: saved step {step}; start again to continue", PREEMPTED)
         self.saved.wait()
@@ -99,6 +98,29 @@ class Run:
         self._save(step, state, force=step == 1 or last)  # a save that fails shall fail at once
         if last or step % r.eval_every == 0 or step % r.checkpoint_every == 0:
             memory.give_back()
+
+    @contextlib.contextmanager
+    def _reading(self, step: int, state: TrainState) -> Iterator[None]:
+        """Inside, photos are read: where that fails, the run stops with a line, and `step` is saved.
+
+        Of several processes one alone cannot save: there the last checkpoint is where it continues.
+        """
+        try:
+            yield
+        except (ValueError, OSError) as error:
+            self._settle(state)
+            if step and jax.process_count() == 1:
+                self._save(step, state, force=True)
+            raise Stopped(
+                f"{' '.join(str(error).split())}: start the same command again once that is mended; it "
+                "continues from the last checkpoint", FAILED,
+            ) from error  # fmt: skip
+
+    def _settle(self, state: TrainState) -> None:
+        """Record the step whose figures were not waited for."""
+        if self.pending:
+            pending, self.pending = self.pending, None
+            self._record(*pending, state)
 
     def _record(self, step: int, measured: dict, waited: float, state: TrainState) -> None:
         """Take in one step's figures; stops the run when they are not finite."""
@@ -199,12 +221,9 @@ def host_batches(config: Any, source: Source, start: int = 0) -> Iterator[HostBa
 
 
 def _next(batches: Iterator) -> tuple[dict, float]:
-    """The next batch and the seconds it was waited for; photos of which none is usable stop the run."""
+    """The next batch and the seconds it was waited for."""
     began = time.monotonic()
-    try:
-        return next(batches), time.monotonic() - began
-    except (ValueError, OSError) as error:
-        raise Stopped(str(error), FAILED) from error
+    return next(batches), time.monotonic() - began
 
 
 class Alarm:

@@ -140,3 +140,20 @@ def test_sigterm_again_while_the_last_write_is_under_way(run, tmp_path, told, mo
     with stopped(75, "saved step 7"):
         run({("batch", 7): tell})
     assert newest(tmp_path / "run") == 7 and not told
+
+
+def vanish():
+    raise OSError("photos: [Errno 5] Input/output error:\n  nothing there")
+
+
+@pytest.mark.parametrize("step", [1, 2, 8])
+def test_photos_that_vanish_while_training(run, tmp_path, fault_table, step):
+    """The step before is saved, whose figures had not been read yet; with photos again the run goes on."""
+    with stopped(70, "photos.*nothing there: start the same command"):
+        run({("batch", step): vanish}, log__every=100)
+    saved = [path for path in (tmp_path / "run" / "checkpoints").iterdir() if path.name == str(step - 1)]
+    assert len(saved) == (step > 1)
+    run({}, log__every=100)
+    run({}, "straight", log__every=100)
+    check_equal(tmp_path / "run", tmp_path / "straight")
+    fault_table("storage of the photos goes away", "the last step is saved; continues once it is back", 0, 70)
