@@ -89,8 +89,9 @@ class Run:
     def _at(self, step: int, state: TrainState) -> None:
         """Everything that happens at chosen steps: lines of metrics, evaluation, pictures, checkpoint."""
         r, last = self.config.resolved, step == self.total
-        if step % self.config.log.every == 0 or last:
-            self._log(step, state)
+        logs = step % self.config.log.every == 0 or last
+        if logs:
+            self._log(step)
         if step % r.eval_every == 0 or last:
             self.history["final"] = self._evaluate(step, state)
         if step % r.panels_every == 0 or last:
@@ -98,6 +99,8 @@ class Run:
         self._save(step, state, force=step == 1 or last)  # a save that fails shall fail at once
         if last or step % r.eval_every == 0 or step % r.checkpoint_every == 0:
             memory.give_back()
+        if logs:
+            self._check_skipped(step, state)
 
     @contextlib.contextmanager
     def _reading(self, step: int, state: TrainState) -> Iterator[None]:
@@ -142,7 +145,7 @@ class Run:
         self.history["interval"].append(figures | {"data_wait": waited})
         self.progress.update(step, figures["loss"])
 
-    def _log(self, step: int, state: TrainState) -> None:
+    def _log(self, step: int) -> None:
         rows, self.history["interval"] = self.history["interval"], []
         means = {f"train/{name}": float(np.mean([row[name] for row in rows])) for name in rows[0]}
         skipped, seen = sum(row["skipped"] for row in rows), len(rows) * self.config.batch_size
@@ -154,6 +157,9 @@ class Run:
         self.writer.scalars(step, means)
         self.history["skipped"] += skipped
         self.history["seen"] += seen
+
+    def _check_skipped(self, step: int, state: TrainState) -> None:
+        """Stop the run, saved, where more photos could not be read than are allowed."""
         share = self.history["skipped"] / (self.history["skipped"] + self.history["seen"])
         if share > self.config.data.max_skipped:
             self._save(step, state, force=True)

@@ -16,20 +16,22 @@ from test_faults_data import made
 from test_faults_storage import full_disk
 
 from configs import folder
-from salcl_jax import checkpoint, loop, train
+from salcl_jax import checkpoint, loop, main, train
 
 pytestmark = pytest.mark.fault
 FIELDS = {
     "total_steps": 12, "batch_size": 8, "checkpoint.every": 5 / 12, "eval.every": 0.25, "log.panels": 0.25,
     "log.every": 1, "log.tensorboard": False,
 }  # fmt: skip
+SPOILT = 1000.0  # a batch of it had as many photos passed over as were used
 
 
 def standing_in(state, batch):
     """A step: every parameter moves, the figures are those of a healthy one."""
     kernel = state.params["encoder"]["kernel"] + batch["image"].mean()
     params = state.params | {"encoder": state.params["encoder"] | {"kernel": kernel}}
-    figures = {"finite": 1.0, "loss": kernel[1, 1], "grad_norm": 1.0, "spread": 1.0, "skipped": 0.0}
+    figures = {"finite": 1.0, "loss": kernel[1, 1], "grad_norm": 1.0, "spread": 1.0}
+    figures |= {"skipped": batch["image"].max() // SPOILT * 8}
     return state._replace(step=state.step + 1, params=params), figures
 
 
@@ -43,12 +45,12 @@ def run(monkeypatch, tmp_path):
     events = {}
 
     def happen(what, step):
-        events.get((what, int(step)), lambda: None)()
+        return events.get((what, int(step)), lambda: None)()
 
     def batches(config, source, start):
         for step in range(start + 1, 100):
-            happen("batch", step)
-            yield {"image": np.full((8, 2), step, np.float32)}
+            value = happen("batch", step) or step
+            yield {"image": np.full((8, 2), value, np.float32)}
 
     def evaluation(*_):
         return lambda state: happen("evaluate", state.step) or {"pretext/loss": float(state.step)}
@@ -157,3 +159,20 @@ def test_photos_that_vanish_while_training(run, tmp_path, fault_table, step):
     run({}, "straight", log__every=100)
     check_equal(tmp_path / "run", tmp_path / "straight")
     fault_table("storage of the photos goes away", "the last step is saved; continues once it is back", 0, 70)
+
+
+@pytest.mark.parametrize("step", [6, 12])
+def test_too_many_broken_photos_where_the_run_is_evaluated(run, tmp_path, step):
+    """What is due at that step is done before the run stops: the next start does not come back to it."""
+    with stopped(70, "could not be read.*max_skipped"):
+        run({("batch", step): lambda: SPOILT}, data__max_skipped=0.01)
+    assert newest(tmp_path / "run") == step and list(metrics(tmp_path / "run", "eval"))[-1] == step
+    summary = run({}, data__max_skipped=0.5)
+    assert summary["final"] == {"pretext/loss": 12.0} and summary["skipped"] == 8
+    assert list(metrics(tmp_path / "run", "eval")) == [0, 3, 6, 9, 12]
+
+
+def test_a_table_without_figures(capsys):
+    main.print_table(dict.fromkeys(("final", "untrained"), {}) | dict.fromkeys(("steps", "images"), 1)
+                     | {"images_per_second": 1.0, "seconds": 1.0, "devices": "1 x cpu"}, "run")  # fmt: skip
+    assert "1 steps, 1 images" in capsys.readouterr().out
