@@ -51,13 +51,13 @@ def train(config: Any, workdir: str) -> dict:
             print(_describe(config, state), flush=True)
         with (
             Skipped(workdir, process=jax.process_index(), resume=start > 0) as skipped,
-            _writer(config, workdir, main, start) as writer,
+            _writer(config, workdir, main, start, history["owed"]) as writer,
         ):
             sources = {name: skipped.watch(source) for name, source in sources.items()}
             writer.config(config.to_dict())
             with _user_errors():
-                run = Run(config, network, mesh, sources, saved, writer, skipped, history, start)
-            summary = run.loop(state, told)
+                run = Run(config, network, mesh, sources, saved, writer, skipped, history, start, told)
+            summary = run.loop(state)
             writer.summary(summary)
     return summary if main else {}
 
@@ -166,9 +166,11 @@ def _checkpointer(config: Any, workdir: str) -> checkpoint.Checkpointer:
     )  # fmt: skip
 
 
-def _writer(config: Any, workdir: str, main: bool, start: int) -> Writer:
+def _writer(config: Any, workdir: str, main: bool, start: int, again: bool) -> Writer:
     c = config.log
-    return Writer(workdir, tensorboard=c.tensorboard, trackers=c.trackers, is_main=main, resume_step=start)
+    return Writer(
+        workdir, tensorboard=c.tensorboard, trackers=c.trackers, is_main=main, resume_step=start, again=again
+    )
 
 
 def use_compilation_cache() -> None:
