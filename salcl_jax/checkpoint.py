@@ -7,6 +7,7 @@ flipped bit on disk or another dtype would otherwise be restored without a word.
 
 import contextlib
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -35,7 +36,8 @@ class Checkpointer:
 
     Kept are the newest `keep` and every step divisible by `keep_every` (0: none beyond the newest).
     `every_steps` 0 saves only when forced. Use as a context manager: leaving it waits for the
-    write under way.
+    write under way. What a killed run had half written is removed, but in buckets: there nothing
+    keeps a second run away, whose write may be under way.
     """
 
     def __init__(
@@ -60,6 +62,7 @@ class Checkpointer:
             enable_async_checkpointing=asynchronous,
         )
         self.directory = _absolute(directory)
+        _remove_unfinished(self.directory)
         handlers = {"state": ocp.StandardCheckpointHandler(), "extra": ocp.JsonCheckpointHandler()}
         self._manager = ocp.CheckpointManager(
             self.directory, options=options, item_handlers=handlers
@@ -274,6 +277,13 @@ def _step_dirs(root: epath.Path) -> list[epath.Path]:
         return []
     steps = [p for p in root.iterdir() if p.name.isdecimal()]
     return sorted(steps, key=lambda p: int(p.name), reverse=True)
+
+
+def _remove_unfinished(root: epath.Path) -> None:
+    """Remove what orbax had not finished; where that cannot be it stays, as it does no harm."""
+    if jax.process_index() == 0 and "://" not in str(root):
+        for path in root.glob("*.orbax-checkpoint-tmp*"):
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def _absolute(path: str) -> epath.Path:

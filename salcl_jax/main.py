@@ -50,7 +50,7 @@ def print_table(summary: dict, workdir: str) -> None:
     """The run's main figures beside those of the untrained network, and where the pictures are."""
     final, untrained = summary["final"], summary["untrained"]
     names = [name for name in HEADLINES if name in final]
-    width = max(len(name) for name in names)
+    width = max((len(name) for name in names), default=0)
     print(f"\n{'':{width}}  {'final':>9}  {'untrained':>9}")
     for name in names:
         print(f"{name:{width}}  {final[name]:9.3f}  {untrained.get(name, float('nan')):9.3f}")

@@ -14,6 +14,7 @@ from salcl_jax.feature_cache import user_folder
 from salcl_jax.loop import FAILED, Run, Stopped, new_history
 from salcl_jax.models.network import Network, build, parameter_table
 from salcl_jax.skipped import Skipped
+from salcl_jax.termination import watch_for_termination
 from salcl_jax.train_step import make_init
 from salcl_jax.types import TrainState
 from salcl_jax.validation import validate
@@ -39,7 +40,8 @@ def train(config: Any, workdir: str) -> dict:
     network = build(**config.model)
     main = jax.process_index() == 0
     use_compilation_cache()
-    with _alone(workdir, main), _checkpointer(config, workdir) as saved:
+    # Told until all is closed: neither the last write nor a tracker's is cut short.
+    with watch_for_termination() as told, _alone(workdir, main), _checkpointer(config, workdir) as saved:
         with _user_errors():
             state, history, start = _restore_or_init(config, network, mesh, saved)
             again = start == 0 and check_nothing_lost(workdir, config.resolved.checkpoint_every)
@@ -49,12 +51,12 @@ def train(config: Any, workdir: str) -> dict:
             print(_describe(config, state), flush=True)
         with (
             Skipped(workdir, process=jax.process_index(), resume=start > 0) as skipped,
-            _writer(config, workdir, main, start) as writer,
+            _writer(config, workdir, main, start, history["owed"]) as writer,
         ):
             sources = {name: skipped.watch(source) for name, source in sources.items()}
             writer.config(config.to_dict())
             with _user_errors():
-                run = Run(config, network, mesh, sources, saved, writer, skipped, history, start)
+                run = Run(config, network, mesh, sources, saved, writer, skipped, history, start, told)
             summary = run.loop(state)
             writer.summary(summary)
     return summary if main else {}
@@ -164,9 +166,11 @@ def _checkpointer(config: Any, workdir: str) -> checkpoint.Checkpointer:
     )  # fmt: skip
 
 
-def _writer(config: Any, workdir: str, main: bool, start: int) -> Writer:
+def _writer(config: Any, workdir: str, main: bool, start: int, again: bool) -> Writer:
     c = config.log
-    return Writer(workdir, tensorboard=c.tensorboard, trackers=c.trackers, is_main=main, resume_step=start)
+    return Writer(
+        workdir, tensorboard=c.tensorboard, trackers=c.trackers, is_main=main, resume_step=start, again=again
+    )
 
 
 def use_compilation_cache() -> None:

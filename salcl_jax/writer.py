@@ -30,9 +30,10 @@ _REMOTE_INTERVAL = 30.0  # seconds; a bucket object can only be replaced whole, 
 class Writer:
     """Files of one workdir. Only the main process writes; on others every method does nothing.
 
-    On construction metrics after `resume_step` are dropped: an interrupted run wrote them after its
-    last checkpoint and the resumed run writes them again. 0 starts an empty file. A half-written
-    last line is dropped too. trackers: names of `trackers.PACKAGES`; what goes wrong there is only told.
+    On construction metrics after `resume_step` are dropped, with `again` those of that step as well: an
+    interrupted run wrote them after its last checkpoint and the resumed run writes them again. 0 starts
+    an empty file. A half-written last line is dropped too. trackers: names of `trackers.PACKAGES`; what
+    goes wrong there is only told.
     """
 
     def __init__(
@@ -43,6 +44,7 @@ class Writer:
         is_main: bool,
         resume_step: int,
         trackers: Sequence[str] = (),
+        again: bool = False,
     ):
         self._dir = epath.Path(workdir)
         self._main = is_main
@@ -50,9 +52,10 @@ class Writer:
         if not is_main:
             return
         self._dir.mkdir(parents=True, exist_ok=True)
-        self._lines = _LineFile(self._dir / "metrics.jsonl", resume_step)
+        before = resume_step + (not again) if resume_step else 0
+        self._lines = _LineFile(self._dir / "metrics.jsonl", before)
         if tensorboard:
-            self._board = Board(str(self._dir / "tensorboard"), resume_step, _REMOTE_INTERVAL)
+            self._board = Board(str(self._dir / "tensorboard"), resume_step - again, _REMOTE_INTERVAL)
         self._trackers = [Tracker(name, workdir, resume_step) for name in trackers]
 
     def __enter__(self) -> "Writer":
@@ -122,10 +125,10 @@ class _LineFile:
     kept and the object replaced at most every _REMOTE_INTERVAL seconds and at the end.
     """
 
-    def __init__(self, path: epath.Path, resume_step: int):
+    def __init__(self, path: epath.Path, before: int):
         self._path, self._remote = path, _is_remote(path)
         text = path.read_bytes().decode(errors="replace") if path.exists() else ""
-        kept = [line for line in text.splitlines() if resume_step and _belongs(line, resume_step)]
+        kept = [line for line in text.splitlines() if _belongs(line, before)]
         repaired = "".join(f"{line}\n" for line in kept)
         if repaired != text or not path.exists():
             replace_text(path, repaired)
@@ -158,10 +161,10 @@ def _is_remote(path: epath.Path) -> bool:
     return "://" in str(path)
 
 
-def _belongs(line: str, last_step: int) -> bool:
-    """Whether a line is complete and not from after `last_step`."""
+def _belongs(line: str, before: int) -> bool:
+    """Whether a line is complete and from before this step."""
     step = step_of(line)
-    return step is not None and step <= last_step
+    return step is not None and step < before
 
 
 def replace_text(path: epath.Path, text: str) -> None:

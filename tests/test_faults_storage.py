@@ -158,6 +158,28 @@ def test_bits_flipped_anywhere_in_a_checkpoint(run):
     assert set(found) == {1, 2}
 
 
+@pytest.mark.parametrize("read_only", [False, pytest.param(True, marks=pytest.mark.skipif(
+    not shutil.which("chattr"), reason="needs chattr"))])  # fmt: skip
+def test_what_a_killed_run_had_half_written_is_removed(run, read_only):
+    """And nothing else; where it cannot be removed it is in nobody's way."""
+    kept = ["1", "2", "damaged-2", "note.txt"]
+    (run / "note.txt").write_text("")
+    for name in ("damaged-2", "3.orbax-checkpoint-tmp", "4.orbax-checkpoint-tmp-17"):
+        (run / name / "state").mkdir(parents=True)
+    if read_only and not immutable(run, True):
+        pytest.skip("the file system or the user's rights do not allow it")
+    try:
+        with open_run(run) as saver:
+            assert saver.restore(abstract(make_state()))[2] == 2
+    finally:
+        immutable(run, False) if read_only else None
+    if not read_only:
+        assert sorted(path.name for path in run.iterdir()) == kept
+    with open_run(run) as saver:
+        assert saver.save(3, make_state(3), {})
+    assert sorted(path.name for path in run.iterdir()) == sorted([*kept, "3"])
+
+
 def test_an_altered_record_is_damage():
     """Its CRC is no secret: what has the right one but not the right parts must not get further."""
     for altered in ({"leaves": [], "extra": {}}, {"leaves": {}, "extra": "x"}):

@@ -17,8 +17,8 @@ from salcl_jax.workdir import last_step
 from salcl_jax.writer import Writer
 
 
-def open_writer(folder, resume_step=0, tensorboard=False, is_main=True):
-    return Writer(str(folder), tensorboard=tensorboard, is_main=is_main, resume_step=resume_step)
+def open_writer(folder, resume_step=0, tensorboard=False, is_main=True, **how):
+    return Writer(str(folder), tensorboard=tensorboard, is_main=is_main, resume_step=resume_step, **how)
 
 
 def read_lines(folder):
@@ -52,6 +52,13 @@ def test_interrupted_run_is_repaired(tmp_path, tail):
         out.scalars(21, {"x": 1})
     assert [line["step"] for line in read_lines(tmp_path)] == [10, 20, 20, 21]
     assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+@pytest.mark.parametrize("step", [1, 20])
+def test_a_step_that_is_written_again(tmp_path, step):
+    (tmp_path / "metrics.jsonl").write_text("".join(f'{{"step": {s}}}\n' for s in (0, 1, 1, 20, 20, 21)))
+    open_writer(tmp_path, resume_step=step, again=True).close()
+    assert [line["step"] for line in read_lines(tmp_path)] == {1: [0], 20: [0, 1, 1]}[step]
 
 
 def test_nothing_to_repair_leaves_the_file_alone(tmp_path):

@@ -22,13 +22,13 @@ Evaluation = Callable[[TrainState], dict[str, float]]
 PRETEXT_BATCHES = 4  # enough for a loss that is steady to a percent
 
 
-def make_evaluation(
+def make_evaluations(
     network: Network, config: Any, mesh: Mesh, sources: Mapping[str, Source]
-) -> Evaluation:
-    """Function state -> figures, of every evaluation whose data is in `sources`.
+) -> list[Evaluation]:
+    """Functions state -> figures, one for every evaluation whose data is in `sources`.
 
     sources: 'pretext', 'localization', 'probe_train' and 'probe_test', each optional. The tasks of
-    `eval.tasks` open their own.
+    `eval.tasks` open their own. Without a usable photo they raise ValueError.
     """
     parts: list[Evaluation] = []
     if "pretext" in sources:
@@ -37,14 +37,9 @@ def make_evaluation(
         parts.append(_localization(network, config, mesh, sources["localization"]))
     if "probe_train" in sources:
         parts.append(_probes(network, config, mesh, sources["probe_train"], sources["probe_test"]))
-
     if config.eval.tasks:
-        parts.append(_tasks(network, config, mesh))
-
-    def evaluate(state: TrainState) -> dict[str, float]:
-        return {name: value for part in parts for name, value in part(state).items()}
-
-    return evaluate
+        parts += _tasks(network, config, mesh)
+    return parts
 
 
 def _pretext(network: Network, config: Any, mesh: Mesh, source: Source) -> Evaluation:
@@ -64,17 +59,19 @@ def _pretext(network: Network, config: Any, mesh: Mesh, source: Source) -> Evalu
         found = []
         for batch in frozen.batches(source, config, batch_size=size, limit=PRETEXT_BATCHES * size):
             good = np.flatnonzero(batch["mask"])
-            if found and len(good) < size / 2:
-                continue  # the padded end of the set
+            if not len(good) or found and len(good) < size / 2:
+                continue  # unusable, or the padded end of the set
             # BatchNorm must not see black rows: others of the batch stand in for them.
             rows = np.where(batch["mask"], np.arange(size), good[np.arange(size) % len(good)])
             found.append(step(state, *(batch[name][rows] for name in names)))
+        if not found:
+            raise ValueError(f"config.eval.pretext: {source.name}: no photo can be used; check the files")
         return {f"pretext/{n}": float(np.mean([f[n] for f in found])) for n in ("loss", "spread")}
 
     return evaluate
 
 
-def _tasks(network: Network, config: Any, mesh: Mesh) -> Evaluation:
+def _tasks(network: Network, config: Any, mesh: Mesh) -> list[Evaluation]:
     """Tasks of `salcl_jax.evaluate`, on at most `eval.limit` photos of each set."""
     config = config.copy_and_resolve_references()
     config.tasks.limit = config.tasks.limit or config.eval.limit
@@ -82,12 +79,10 @@ def _tasks(network: Network, config: Any, mesh: Mesh) -> Evaluation:
     for name in config.eval.tasks:
         tasks.about(name, judge)  # opens the photos: what lacks, lacks before the first step
 
-    def evaluate(state: TrainState) -> dict[str, float]:
-        subject = Subject("online", state, digest="")
-        found = [tasks.run(name, judge, subject) for name in config.eval.tasks]
-        return {name: value for figures in found for name, value in figures.items()}
+    def evaluate(name: str, state: TrainState) -> dict[str, float]:
+        return tasks.run(name, judge, Subject("online", state, digest=""))
 
-    return evaluate
+    return [partial(evaluate, name) for name in config.eval.tasks]
 
 
 def _localization(network: Network, config: Any, mesh: Mesh, source: Source) -> Evaluation:
