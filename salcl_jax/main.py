@@ -5,15 +5,13 @@ good state is saved), 75 told to terminate (saved) or another process of the run
 command continues from the last checkpoint.
 """
 
-import os
 import sys
 
 from absl import app, flags
 from ml_collections import config_flags
 
-from salcl_jax import cli, peers, trackers
+from salcl_jax import cli, peers, progress, trackers
 from salcl_jax.config import ConfigError
-from salcl_jax.evaluators import HEADLINES
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "configuration file[:variants]", lock_config=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run; an interrupted run in it continues")
@@ -43,23 +41,7 @@ def main(_: list[str]) -> None:
         except ConfigError as error:
             cli.leave(str(error))
     if summary:
-        print_table(summary, _WORKDIR.value)
-
-
-def print_table(summary: dict, workdir: str) -> None:
-    """The run's main figures beside those of the untrained network, and where the pictures are."""
-    final, untrained = summary["final"], summary["untrained"]
-    names = [name for name in HEADLINES if name in final]
-    width = max((len(name) for name in names), default=0)
-    print(f"\n{'':{width}}  {'final':>9}  {'untrained':>9}")
-    for name in names:
-        print(f"{name:{width}}  {final[name]:9.3f}  {untrained.get(name, float('nan')):9.3f}")
-    print(
-        f"\n{summary['steps']} steps, {summary['images']} images, {summary['images_per_second']:.0f} "
-        f"images/s on {summary['devices']}, {summary['seconds']:.0f} s"
-    )
-    print(f"pictures: {os.path.join(workdir, 'panels')}", flush=True)
-    print(f"all figures: {os.path.join(workdir, 'summary.json')}", flush=True)
+        progress.print_table(summary, _WORKDIR.value)
 
 
 if __name__ == "__main__":

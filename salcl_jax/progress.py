@@ -1,11 +1,14 @@
-"""Progress of loops on the terminal: a bar, or plain lines where there is no terminal."""
+"""What loops say on the terminal: a bar, or plain lines where there is none, and a table at a run's end."""
 
 import contextlib
 import io
+import os
 import sys
 import time
 from collections.abc import Iterable, Iterator
 from typing import Any, SupportsFloat
+
+from salcl_jax.evaluators import HEADLINES
 
 
 def watch(batches: Iterable, total: int, label: str) -> Iterator:
@@ -122,3 +125,19 @@ class Progress:
 
     def _print(self, text: str) -> None:
         print(text, file=self._stream, flush=True)
+
+
+def print_table(summary: dict, workdir: str) -> None:
+    """The run's main figures beside those of the untrained network, and where the pictures are."""
+    final, untrained = summary["final"], summary["untrained"]
+    names = [name for name in HEADLINES if name in final]
+    width = max((len(name) for name in names), default=0)
+    print(f"\n{'':{width}}  {'final':>9}  {'untrained':>9}")
+    for name in names:
+        print(f"{name:{width}}  {final[name]:9.3f}  {untrained.get(name, float('nan')):9.3f}")
+    print(
+        f"\n{summary['steps']} steps, {summary['images']} images, {summary['images_per_second']:.0f} "
+        f"images/s on {summary['devices']}, {summary['seconds']:.0f} s"
+    )
+    print(f"pictures: {os.path.join(workdir, 'panels')}", flush=True)
+    print(f"all figures: {os.path.join(workdir, 'summary.json')}", flush=True)

@@ -16,7 +16,7 @@ from test_faults_data import made
 from test_faults_storage import full_disk
 
 from configs import folder
-from salcl_jax import checkpoint, loop, main, sharding, train
+from salcl_jax import checkpoint, loop, progress, sharding, train
 from salcl_jax.evaluators import online
 from salcl_jax.models.network import build
 
@@ -194,7 +194,7 @@ def test_too_many_broken_photos_where_the_run_is_evaluated(run, tmp_path, step):
 
 
 def test_a_table_without_figures(capsys):
-    main.print_table(dict.fromkeys(("final", "untrained"), {}) | dict.fromkeys(("steps", "images"), 1)
+    progress.print_table(dict.fromkeys(("final", "untrained"), {}) | dict.fromkeys(("steps", "images"), 1)
                      | {"images_per_second": 1.0, "seconds": 1.0, "devices": "1 x cpu"}, "run")  # fmt: skip
     assert "1 steps, 1 images" in capsys.readouterr().out
 

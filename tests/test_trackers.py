@@ -284,7 +284,7 @@ def test_a_run_opens_the_trackers_of_its_configuration(tmp_path, monkeypatch):
     opened, c = [], config.base()
     monkeypatch.setattr(trackers, "_open", lambda name, *_: opened.append(name) or Broken())
     c.log.tensorboard, c.log.trackers = False, ("mlflow", "wandb")
-    train._writer(c, str(tmp_path), True, 0).close()
+    train._writer(c, str(tmp_path), True, 0, False).close()
     assert opened == ["mlflow", "wandb"]
 
 
