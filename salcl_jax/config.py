@@ -85,7 +85,7 @@ def base() -> ConfigDict:
     c.roi.count = 3  # regions per image
     c.roi.temperature = 0.05  # of the soft-argmax
     c.roi.level = 0.25  # mass counts above this point between the map's mean (0) and maximum (1)
-    c.roi.window = 0.3  # standard deviation of the neighbourhood whose moments are taken, canvas sides
+    c.roi.window = 0.15  # standard deviation of the neighbourhood whose moments are taken, canvas sides
     c.roi.extent = 1.0  # region side over the measured spread
     c.roi.min_size = 0.15  # smallest side of a region, canvas sides
     c.roi.max_size = 0.9  # largest side
