@@ -113,7 +113,7 @@ def base() -> ConfigDict:
     c.local.size = 96  # side in pixels
     c.local.source = "roi"  # where they are: roi | random (control)
     c.local.area = (0.05, 0.25)  # share of the photo
-    c.local.invalid = "random"  # roi, where an image has too few regions: random | drop
+    c.local.invalid = "random"  # roi, where an image has no valid region: random | drop
     c.local.weight = 1.0  # of their loss beside the pair's
 
     c.weights = ConfigDict()  # re-weighting of pairs by the saliency inside their crops
