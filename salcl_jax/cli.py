@@ -9,6 +9,7 @@ from typing import NoReturn
 from absl import flags, logging
 
 from salcl_jax import config as config_lib
+from salcl_jax import memory
 from salcl_jax.peers import AGAIN
 from salcl_jax.validation import validate
 
@@ -95,6 +96,7 @@ def start(distributed: str, patience: int = 60) -> None:
 
     patience: seconds of silence after which another process counts as gone.
     """
+    memory.share_arenas()
     logging.set_verbosity(logging.ERROR)
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # decoding needs it not, and it prints

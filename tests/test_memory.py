@@ -1,6 +1,8 @@
 """Freed memory goes back to the system, where the C library can say so."""
 
 import ctypes
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,45 @@ def resident() -> int:
     return 4096 * int(Path("/proc/self/statm").read_text().split()[1])
 
 
-@pytest.mark.skipif(memory._trim() is None, reason="no glibc")
+glibc = pytest.mark.skipif(memory._function("malloc_trim") is None, reason="no glibc")
+
+# Twelve threads allocate at once; the C library then writes down its heaps.
+HEAPS = """
+import ctypes, sys, threading
+from salcl_jax import memory
+
+if "shared" in sys.argv:
+    memory.share_arenas()
+libc, barrier = ctypes.CDLL("libc.so.6"), threading.Barrier(12)
+libc.malloc.restype = libc.fopen.restype = ctypes.c_void_p
+libc.fclose.argtypes, libc.malloc_info.argtypes = (ctypes.c_void_p,), (ctypes.c_int, ctypes.c_void_p)
+
+def allocate():
+    barrier.wait()
+    libc.malloc(1000)
+    barrier.wait()
+
+threads = [threading.Thread(target=allocate) for _ in range(12)]
+[thread.start() for thread in threads]
+[thread.join() for thread in threads]
+file = libc.fopen(sys.argv[1].encode(), b"w")
+libc.malloc_info(0, file)
+libc.fclose(file)
+"""
+
+
+def heaps(path: Path, *how: str) -> int:
+    subprocess.run([sys.executable, "-c", HEAPS, str(path), *how], check=True)
+    return path.read_text().count("<heap nr=")
+
+
+@glibc
+def test_threads_share_two_heaps(tmp_path):
+    assert heaps(tmp_path / "own.xml") > 2
+    assert heaps(tmp_path / "shared.xml", "shared") == 2
+
+
+@glibc
 def test_gaps_between_blocks_in_use_are_given_back():
     libc = ctypes.CDLL("libc.so.6")
     libc.malloc.restype, libc.free.argtypes = ctypes.c_void_p, (ctypes.c_void_p,)
@@ -33,6 +73,7 @@ def test_another_c_library_is_left_alone(monkeypatch):
         raise OSError(name)
 
     monkeypatch.setattr(memory.ctypes, "CDLL", none)
-    memory._trim.cache_clear()
+    memory._function.cache_clear()
     memory.give_back()
-    memory._trim.cache_clear()
+    memory.share_arenas()
+    memory._function.cache_clear()
