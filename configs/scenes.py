@@ -13,7 +13,7 @@ def get_config(variant: str = "") -> lib.ConfigDict:
     lib.small(c)
     c.total_epochs, c.total_steps = 0, 400
     c.optim.lr = 0.008
-    c.saliency.stages = ("stage2", "stage3")
+    c.saliency.source, c.saliency.stages = "activation", ("stage2", "stage3")  # objects lie anywhere here
     # Covering pairs alone keep the map best, jittered copies of a region teach objects fastest: RESULTS.md.
     c.pairs.mix.cover, c.pairs.mix.roi_jitter = 0.4, 0.4
     c.weights.mode = "none"

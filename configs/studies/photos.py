@@ -60,7 +60,6 @@ def _config() -> lib.ConfigDict:
     )  # fmt: skip
     c.data.cache = "canvas"  # 0.1 GB
     c.total_epochs = 20
-    c.saliency.source, c.saliency.stages = "contrast", ("stage4",)
     c.pairs.mix.cover = 0.0
     c.weights.mode = "none"
     c.eval.every, c.log.panels = 0.0, 0.0
@@ -74,7 +73,6 @@ def _judge() -> lib.ConfigDict:
     c.tasks.baselines = ()
     c.tasks.localization.gallery = 0
     c.tasks.jobs = 1
-    c.saliency.source, c.saliency.stages = "contrast", ("stage4",)
     return c
 
 
@@ -185,11 +183,13 @@ def _maps() -> dict[str, Change]:
         return change
 
     return {
-        "cover": drawn(),  # contrast, of the target
-        "contrast_online": drawn(branch="online"),
+        "cover": drawn(),  # geodesic, stage 3, of the target
+        "geodesic_online": drawn(branch="online"),
+        "geodesic4": drawn(stages=("stage4",)),
+        "contrast": drawn(source="contrast", stages=("stage4",)),
         "activation2": drawn(source="activation", stages=("stage2",)),
         "activation4": drawn(source="activation", stages=("stage4",)),
         "activation34": drawn(source="activation", stages=("stage3", "stage4")),
-        "similarity": drawn(source="similarity"),
-        "gradcam": drawn(source="gradcam"),
+        "similarity": drawn(source="similarity", stages=("stage4",)),
+        "gradcam": drawn(source="gradcam", stages=("stage4",)),
     }
