@@ -73,7 +73,7 @@ def base() -> ConfigDict:
     c.augment.view2 = _augmentation(blur_prob=0.1, solarize_prob=0.2)  # of the second
 
     c.saliency = ConfigDict()  # the map; computed in every step from the model itself
-    c.saliency.source = "activation"  # none|activation|geodesic|similarity|contrast|gradcam|attention
+    c.saliency.source = "activation"  # none|activation|border|similarity|contrast|gradcam|attention
     c.saliency.branch = "target"  # network that draws it: target | online
     c.saliency.size = 112  # side in pixels of the canvas it sees
     c.saliency.stages = ("stage4",)  # stages fused into the map; a finer one adds detail
@@ -234,7 +234,7 @@ def small(c: ConfigDict) -> None:
     c.crops.size = 48
     c.crops.area = (0.15, 1.0)
     c.saliency.size = 64
-    c.saliency.source, c.saliency.stages = "geodesic", ("stage3",)  # finds objects of photos best: RESULTS.md
+    c.saliency.source, c.saliency.stages = "border", ("stage3",)  # of photos, the best: RESULTS.md
     c.loss.name = "infonce"
     c.optim.name = "adamw"
     c.optim.lr = 0.004

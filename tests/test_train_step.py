@@ -494,9 +494,9 @@ EVERY_WAY = {f"pairs.mix.{way}": share for way, share in WAYS.items()}
 CHOICES = {
     **{f"way {w}": {"pairs.mix.cover": 0.0, f"pairs.mix.{w}": 1.0} for w in WAYS},
     **{f"map {s} {b}": {"saliency.source": s, "saliency.branch": b}
-       for s in ("activation", "geodesic", "similarity", "contrast", "gradcam")
+       for s in ("activation", "border", "similarity", "contrast", "gradcam")
        for b in ("target", "online")},
-    "map fused, geodesic": {"saliency.source": "geodesic", "saliency.stages": ("stage3", "stage4")},
+    "map fused, border": {"saliency.source": "border", "saliency.stages": ("stage3", "stage4")},
     "map fused": {"saliency.stages": ("stage3", "stage4"), "saliency.fuse": "mean",
                   "saliency.statistic": "norm"},
     **{f"regions {s}": {"roi.source": s} for s in ("random", "center", "ground_truth")},

@@ -183,9 +183,9 @@ def _maps() -> dict[str, Change]:
         return change
 
     return {
-        "cover": drawn(),  # geodesic, stage 3, of the target
-        "geodesic_online": drawn(branch="online"),
-        "geodesic4": drawn(stages=("stage4",)),
+        "cover": drawn(),  # border, stage 3, of the target
+        "border_online": drawn(branch="online"),
+        "border4": drawn(stages=("stage4",)),
         "contrast": drawn(source="contrast", stages=("stage4",)),
         "activation2": drawn(source="activation", stages=("stage2",)),
         "activation4": drawn(source="activation", stages=("stage4",)),

@@ -1,4 +1,4 @@
-"""Geodesic distances against scipy's shortest paths."""
+"""Unlikeness to the border against numpy, distance from it against scipy's shortest paths."""
 
 import jax
 import jax.numpy as jnp
@@ -6,45 +6,63 @@ import numpy as np
 import pytest
 from scipy.sparse.csgraph import dijkstra
 
-from salcl_jax.ops import geodesic
+from salcl_jax.ops import border
 
 
 def features(h, w, d=6, seed=0):
     return np.random.default_rng(seed).normal(size=(2, h, w, d)).astype(np.float32)
 
 
+def by_numpy(x):
+    """[h, w]: unlikeness of each place."""
+    h, w = x.shape[:2]
+    x = x / np.linalg.norm(x, axis=-1, keepdims=True)
+    edge = [(i, j) for i in range(h) for j in range(w) if i in (0, h - 1) or j in (0, w - 1)]
+    found = np.zeros((h, w))
+    for i in range(h):
+        for j in range(w):
+            cosines = sorted((x[i, j] @ x[place] for place in edge if place != (i, j)), reverse=True)
+            found[i, j] = 1 - np.mean(cosines[: max(1, len(edge) // 4)])
+    return found
+
+
 def by_scipy(x):
     """[h, w]: shortest paths of a graph with one node more, outside."""
     h, w = x.shape[:2]
-    x = x / np.linalg.norm(x, axis=-1, keepdims=True)
+    out, x = by_numpy(x), x / np.linalg.norm(x, axis=-1, keepdims=True)
     places = [(i, j) for i in range(h) for j in range(w)]
-    border = [n for n, (i, j) in enumerate(places) if i in (0, h - 1) or j in (0, w - 1)]
     lengths = np.full((h * w + 1, h * w + 1), np.inf)
     for n, a in enumerate(places):
         for m, b in enumerate(places):
             if n != m and max(abs(a[0] - b[0]), abs(a[1] - b[1])) == 1:
                 lengths[n, m] = np.linalg.norm(x[a] - x[b])
-    for n in border:
-        cosines = sorted((x[places[n]] @ x[places[m]] for m in border if m != n), reverse=True)
-        lengths[n, -1] = 1 - np.mean(cosines[: max(1, len(border) // 4)])
-    lengths[-1, :-1] = lengths[:-1, -1]
+        if a[0] in (0, h - 1) or a[1] in (0, w - 1):
+            lengths[n, -1] = lengths[-1, n] = out[a]
     return dijkstra(np.where(np.isinf(lengths), 0, lengths), indices=h * w)[:-1].reshape(h, w)
+
+
+@pytest.mark.parametrize(("h", "w"), [(2, 2), (3, 7), (6, 5)])
+def test_unlikeness_against_numpy(h, w):
+    x = features(h, w)
+    found = border.unlikeness(jnp.array(x))
+    for i in range(2):
+        np.testing.assert_allclose(found[i], by_numpy(x[i]), atol=1e-5)
 
 
 @pytest.mark.parametrize(("h", "w"), [(2, 2), (3, 7), (6, 5)])
 def test_paths_against_scipy(h, w):
     x = features(h, w)
-    found = geodesic.distance(jnp.array(x))
+    found = border.distance(jnp.array(x))
     for i in range(2):
         np.testing.assert_allclose(found[i], by_scipy(x[i]), atol=2e-3)  # a step is short by up to 1e-3
-    np.testing.assert_allclose(geodesic.distance(jnp.array(x[:, ::-1])), found[:, ::-1], atol=1e-5)
+    np.testing.assert_allclose(border.distance(jnp.array(x[:, ::-1])), found[:, ::-1], atol=1e-5)
 
 
 def test_an_object_stands_out_also_where_the_border_cuts_it():
     x = np.zeros((1, 8, 8, 2), np.float32)
     x[..., 0] = 1
     x[0, 5:, 3:5] = (0, 1)  # reaches the lower border
-    found = np.asarray(geodesic.distance(jnp.array(x))[0])
+    found = np.asarray(border.distance(jnp.array(x))[0])
     inside = x[0, ..., 1] > 0
     assert found[inside].min() > 0.7 and found[~inside].max() < 1e-5
 
@@ -52,26 +70,32 @@ def test_an_object_stands_out_also_where_the_border_cuts_it():
 def test_background_that_changes_slowly_stays_dark():
     angle = np.linspace(0, np.pi / 2, 9)
     x = np.tile(np.stack([np.cos(angle), np.sin(angle)], -1)[None, None], (1, 9, 1, 1))
-    found = np.asarray(geodesic.distance(jnp.array(x, jnp.float32))[0])
+    found = np.asarray(border.distance(jnp.array(x, jnp.float32))[0])
     x[0, 3:6, 3:6] *= -1
-    jumps = np.asarray(geodesic.distance(jnp.array(x, jnp.float32))[0])
+    jumps = np.asarray(border.distance(jnp.array(x, jnp.float32))[0])
     assert found.max() < 0.5 and jumps[3:6, 3:6].min() > 1.5
 
 
+@pytest.mark.parametrize("measure", [border.distance, border.unlikeness])
 @pytest.mark.parametrize("value", [0.0, 1.0])
-def test_one_feature_all_over_is_far_from_nothing_and_has_a_gradient(value):
+def test_one_feature_all_over_is_flat_and_has_a_gradient(measure, value):
     x = jnp.full((1, 4, 5, 3), value)
-    found = geodesic.distance(x)
+    found = measure(x)
     np.testing.assert_allclose(found, found[0, 0, 0], atol=1e-6)
-    assert np.isfinite(jax.grad(lambda x: geodesic.distance(x).sum())(x)).all()
+    assert np.isfinite(jax.grad(lambda x: measure(x).sum())(x)).all()
 
 
-def test_gradient_against_finite_differences():
+def test_a_photo_of_one_place_has_a_map():
+    assert np.isfinite(border.distance(jnp.ones((2, 1, 1, 3)))).all()
+
+
+@pytest.mark.parametrize("measure", [border.distance, border.unlikeness])
+def test_gradient_against_finite_differences(measure):
     x, rng = features(5, 5, seed=3)[:1].astype(np.float64), np.random.default_rng(4)
     weights = rng.normal(size=(1, 5, 5)).astype(np.float32)
 
     def total(x):
-        return jnp.sum(geodesic.distance(x) * weights)
+        return jnp.sum(measure(x) * weights)
 
     gradient = np.asarray(jax.grad(total)(jnp.array(x, jnp.float32)))
     for _ in range(5):

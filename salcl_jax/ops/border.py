@@ -1,0 +1,84 @@
+"""Saliency from the photo's border, which what a photo is about seldom touches.
+
+Two measures, both of features of the network: how unlike the border a place is, and how long the shortest
+path to the border is, after Wei et al., Geodesic saliency using background priors (ECCV 2012).
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+_FAR = 1e3  # longer than any path; infinity would make the gradient NaN
+_EPS = 1e-6  # keeps the gradient of a step of length 0 finite
+_AROUND = [(y, x) for y in (-1, 0, 1) for x in (-1, 0, 1) if (y, x) != (0, 0)]
+
+
+def unlikeness(features: Float[Array, "b h w d"]) -> Float[Array, "b h w"]:
+    """1 minus the mean cosine with the quarter of the border that is most like a location; range [0, 2].
+
+    A border cell is not compared with itself. A place of one background among several is like that one.
+
+    >>> photo = jnp.tile(jnp.array([1.0, 0.0]), (1, 3, 4, 1)).at[0, 1, 1].set(jnp.array([0.0, 1.0]))
+    >>> [[round(float(x), 3) for x in row] for row in unlikeness(photo)[0]]
+    [[0.0, 0.0, 0.0, 0.0], [0.0, 1.0, 0.0, 0.0], [0.0, 0.0, 0.0, 0.0]]
+    """
+    unit = _unit(features)
+    b, h, w, _ = unit.shape
+    rows, columns = _border(h, w)
+    cosine = jnp.einsum("bhwd,bnd->bhwn", unit, unit[:, rows, columns], precision="highest")
+    n = len(rows)
+    cosine = cosine.at[:, rows, columns, jnp.arange(n)].set(-1.0)
+    return 1.0 - jnp.mean(jax.lax.top_k(cosine, max(1, n // 4))[0], axis=-1)
+
+
+def distance(features: Float[Array, "b h w d"]) -> Float[Array, "b h w"]:
+    """Length of the shortest path from each location to outside the photo.
+
+    A step to one of the eight neighbours is as long as their unit features are apart, in [0, 2]. The last
+    step, out of a border cell, is its `unlikeness`: an object that the border cuts stays salient. Paths
+    have at most h + w steps inside. One feature all over gives zeros.
+
+    >>> photo = jnp.tile(jnp.array([1.0, 0.0]), (1, 4, 4, 1)).at[0, 1:3, 1].set(jnp.array([0.0, 1.0]))
+    >>> for row in distance(photo)[0]:  # two cells at a right angle to the others: sqrt(2)
+    ...     print([round(float(x), 1) for x in row])
+    [0.0, 0.0, 0.0, 0.0]
+    [0.0, 1.4, 0.0, 0.0]
+    [0.0, 1.4, 0.0, 0.0]
+    [0.0, 0.0, 0.0, 0.0]
+    """
+    unit = _unit(features)
+    h, w = unit.shape[1:3]
+    steps = jnp.stack([_length(unit, _neighbour(unit, *to, 0.0)) for to in _AROUND])
+    exists = jnp.stack([_neighbour(jnp.ones(unit.shape[:3]), *to, 0.0) for to in _AROUND])
+    steps = jnp.where(exists > 0, steps, _FAR)
+    rows, columns = _border(h, w)
+    out = jnp.full(unit.shape[:3], _FAR).at[:, rows, columns].set(unlikeness(unit)[:, rows, columns])
+
+    def shorter(found: Array, _: None) -> tuple[Array, None]:
+        through = jnp.stack([_neighbour(found, *to, _FAR) for to in _AROUND]) + steps
+        return jnp.minimum(found, jnp.min(through, axis=0)), None
+
+    return jax.lax.scan(shorter, out, None, length=h + w)[0]
+
+
+def _unit(x: Float[Array, "b h w d"]) -> Float[Array, "b h w d"]:
+    x = x.astype(jnp.float32)
+    return x / jnp.sqrt(jnp.sum(jnp.square(x), axis=-1, keepdims=True) + 1e-12)
+
+
+def _border(h: int, w: int) -> tuple[Array, Array]:
+    """Rows and columns of the cells at the border."""
+    places = [(y, x) for y in range(h) for x in range(w) if y in (0, h - 1) or x in (0, w - 1)]
+    rows, columns = zip(*places, strict=True)
+    return jnp.array(rows), jnp.array(columns)
+
+
+def _neighbour(x: Array, dy: int, dx: int, outside: float) -> Array:
+    """[b, h, w, ...]: what lies (dy, dx) away from each location; `outside` beyond the border."""
+    h, w = x.shape[1:3]
+    padding = [(0, 0), (1, 1), (1, 1)] + [(0, 0)] * (x.ndim - 3)
+    return jnp.pad(x, padding, constant_values=outside)[:, 1 + dy : 1 + dy + h, 1 + dx : 1 + dx + w]
+
+
+def _length(a: Float[Array, "b h w d"], b: Float[Array, "b h w d"]) -> Float[Array, "b h w"]:
+    return jnp.sqrt(jnp.sum(jnp.square(a - b), axis=-1) + _EPS) - _EPS**0.5
