@@ -6,6 +6,7 @@ path to the border is, after Wei et al., Geodesic saliency using background prio
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 _FAR = 1e3  # longer than any path; infinity would make the gradient NaN
@@ -23,11 +24,12 @@ def unlikeness(features: Float[Array, "b h w d"]) -> Float[Array, "b h w"]:
     [[0.0, 0.0, 0.0, 0.0], [0.0, 1.0, 0.0, 0.0], [0.0, 0.0, 0.0, 0.0]]
     """
     unit = _unit(features)
-    b, h, w, _ = unit.shape
-    rows, columns = _border(h, w)
-    cosine = jnp.einsum("bhwd,bnd->bhwn", unit, unit[:, rows, columns], precision="highest")
+    rows, columns = np.nonzero(_at_border(*unit.shape[1:3]))
     n = len(rows)
-    cosine = cosine.at[:, rows, columns, jnp.arange(n)].set(-1.0)
+    itself = np.zeros((*unit.shape[1:3], n), bool)
+    itself[rows, columns, np.arange(n)] = True
+    cosine = jnp.einsum("bhwd,bnd->bhwn", unit, unit[:, rows, columns], precision="highest")
+    cosine = jnp.where(itself, -1.0, cosine)
     return 1.0 - jnp.mean(jax.lax.top_k(cosine, max(1, n // 4))[0], axis=-1)
 
 
@@ -51,8 +53,7 @@ def distance(features: Float[Array, "b h w d"]) -> Float[Array, "b h w"]:
     steps = jnp.stack([_length(unit, _neighbour(unit, *to, 0.0)) for to in _AROUND])
     exists = jnp.stack([_neighbour(jnp.ones(unit.shape[:3]), *to, 0.0) for to in _AROUND])
     steps = jnp.where(exists > 0, steps, _FAR)
-    rows, columns = _border(h, w)
-    out = jnp.full(unit.shape[:3], _FAR).at[:, rows, columns].set(unlikeness(unit)[:, rows, columns])
+    out = jnp.where(_at_border(h, w), unlikeness(unit), _FAR)
 
     def shorter(found: Array, _: None) -> tuple[Array, None]:
         through = jnp.stack([_neighbour(found, *to, _FAR) for to in _AROUND]) + steps
@@ -66,11 +67,8 @@ def _unit(x: Float[Array, "b h w d"]) -> Float[Array, "b h w d"]:
     return x / jnp.sqrt(jnp.sum(jnp.square(x), axis=-1, keepdims=True) + 1e-12)
 
 
-def _border(h: int, w: int) -> tuple[Array, Array]:
-    """Rows and columns of the cells at the border."""
-    places = [(y, x) for y in range(h) for x in range(w) if y in (0, h - 1) or x in (0, w - 1)]
-    rows, columns = zip(*places, strict=True)
-    return jnp.array(rows), jnp.array(columns)
+def _at_border(h: int, w: int) -> np.ndarray:
+    return np.pad(np.zeros((max(0, h - 2), max(0, w - 2)), bool), 1, constant_values=True)[:h, :w]
 
 
 def _neighbour(x: Array, dy: int, dx: int, outside: float) -> Array:
