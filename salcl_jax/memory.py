@@ -3,18 +3,18 @@
 import ctypes
 import functools
 import gc
+import os
 from collections.abc import Callable
 
 _ARENA_MAX = -8  # mallopt's name for it
-_ARENAS = 2
 
 
 def share_arenas() -> None:
-    """Let all threads allocate from two heaps; call it before they start.
+    """Let threads allocate from two heaps, or one for every eight cores; call it before they start.
 
     By default there are up to eight a core, and each keeps pages that threads long gone have left half empty.
     """
-    _call("mallopt", _ARENA_MAX, _ARENAS)
+    _call("mallopt", _ARENA_MAX, max(2, (os.cpu_count() or 1) // 8))
 
 
 def give_back() -> None:
