@@ -19,7 +19,6 @@ WARM, WINDOW = 0.1, 0.1  # shares of the time: left out at the start, compared b
 FIELDS = {
     "total_steps": STEPS, "total_epochs": 0, "checkpoint.every": 1 / 200, "eval.every": 1 / 40,
     "log.panels": 1 / 40, "log.every": 20, "eval.limit": 512, "data.workers": 2,
-    "saliency.source": "contrast", "saliency.stages": "('stage4',)",
 }  # fmt: skip
 
 

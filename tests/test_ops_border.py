@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from scipy.sparse.csgraph import dijkstra
 
+from salcl_jax import hlo, sharding
 from salcl_jax.ops import border
 
 
@@ -102,3 +103,11 @@ def test_gradient_against_finite_differences(measure):
         way = rng.normal(size=x.shape)
         ahead, behind = (float(total(jnp.array(x + s * 1e-4 * way, jnp.float32))) for s in (1, -1))
         assert (ahead - behind) / 2e-4 == pytest.approx(np.sum(gradient * way), rel=0.05, abs=0.05)
+
+
+@pytest.mark.parametrize("measure", [border.unlikeness, border.distance])
+def test_photos_stay_on_their_devices(measure):
+    mesh = sharding.make_mesh()
+    here = sharding.data_sharded(mesh)
+    photos = jax.ShapeDtypeStruct((2 * mesh.size, 6, 6, 8), jnp.float32, sharding=here)
+    assert hlo.collectives(jax.jit(measure, out_shardings=here).lower(photos).compile().as_text()) == []

@@ -89,7 +89,8 @@ def ground_truth(boxes: Float[Array, "b k 4"], *, count: int, min_size: float) -
     if boxes.shape[1] < count:
         boxes = jnp.pad(boxes, ((0, 0), (0, count - boxes.shape[1]), (0, 0)))
         area = box_ops.area(boxes)
-    top, index = jax.lax.top_k(area, count)
+    index = jnp.argsort(-area, axis=1)[:, :count]  # stable, and unlike top_k on each device alone
+    top = jnp.take_along_axis(area, index, axis=1)
     chosen = jnp.take_along_axis(boxes, index[:, :, None], axis=1)
     valid = top > 0
     return Rois(box_ops.clip_inside(chosen, min_size), valid, valid.astype(jnp.float32))
