@@ -4,6 +4,7 @@ import contextlib
 import functools
 import gc
 import logging
+import re
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -13,6 +14,7 @@ from etils import epath
 
 _log = logging.getLogger(__name__)
 _LENGTH = 160  # characters of a library's message
+_STATUS = re.compile(r"[A-Z]+(_[A-Z]+)*: ")  # how tensorstore's errors begin
 Failures = list[tuple[int, str]]  # steps that cannot be read, and why
 
 
@@ -46,11 +48,18 @@ def raise_if_unreadable(directory: epath.Path, failures: Failures) -> None:
 def quieten() -> None:
     """Drop orbax's messages below warnings, and tracebacks of its threads: what they raise is raised here."""
     logging.getLogger("absl").addFilter(_not_orbax_chatter)
+    logging.getLogger("asyncio").addFilter(_not_abandoned)
     sys.unraisablehook = functools.partial(_unless_late, sys.unraisablehook)
 
 
 def _not_orbax_chatter(record: logging.LogRecord) -> bool:
     return "orbax" not in record.pathname or (record.levelno >= logging.WARNING and not record.exc_info)
+
+
+def _not_abandoned(record: logging.LogRecord) -> bool:
+    """A save stops at the first array that cannot be written; asyncio tells of each of the others."""
+    error = record.exc_info[1] if record.exc_info else None
+    return "never retrieved" not in record.getMessage() or not _STATUS.match(str(error))
 
 
 def _unless_late(hook: Callable[[Any], None], unraisable: Any) -> None:
