@@ -1,9 +1,8 @@
-"""Built-in scenes: would a perfect map pay, and how much of that does the learnt map reach?
+"""Built-in scenes: when would a perfect map pay, and how much of that does the learnt map reach?
 
-python -m salcl_jax.study --study=configs/studies/scenes.py --workdir=DIR --jobs=2
-variants (dials that combine, as small,clutter): small and large (objects of 0.12 to 0.25 and 0.4 to 0.7 of
-the image), clutter (heaviest), clean (none), long (three times the steps), tight and loose (training crops of
-0.05 to 0.4 and 0.3 to 1 of the area)
+python -m salcl_jax.study --study=configs/studies/scenes.py:small,clutter --workdir=DIR --jobs=2
+variants (dials that combine): small and large (objects of 0.12 to 0.25 and 0.4 to 0.7 of the image), clutter
+(heaviest), clean (none), short and long (a third and three times the steps)
 Results: RESULTS.md.
 """
 
@@ -17,17 +16,27 @@ FIGURES = {
     "localization/corloc": "CorLoc",
     "localization/pointing": "pointing",
 }
+# Name of the rows' ending: where regions come from, and the stage of the map.
+REGIONS = {
+    "": ("saliency",),
+    "_stage1": ("saliency", "stage1"),
+    "_true": ("ground_truth",),
+    "_random": ("random",),
+}
 
 
 def get_study(variant: str = "") -> Study:
-    """Ways from a region to crops, each with regions of the map, true ones and random ones."""
-    dials = {"small": _small, "large": _large, "clutter": _clutter, "clean": _clean, "long": _long,
-             "tight": _tight, "loose": _loose}  # fmt: skip
+    """Ways from a region to crops, with regions of maps, true ones and random ones; tuned BYOL."""
+    dials = {"small": _small, "large": _large, "clutter": _clutter, "clean": _clean, "short": _short,
+             "long": _long}  # fmt: skip
 
     def config() -> lib.ConfigDict:
         c = lib.beside(__file__, "../scenes.py").get_config()
         c.pairs.mix.cover = c.pairs.mix.roi_jitter = 0.0
-        c.eval.every, c.eval.linear, c.log.panels = 0.5, False, 0.0
+        c.total_steps = 1200
+        c.data.cache = "canvas"
+        c.crops.size, c.local.size = 32, 24
+        c.eval.every, c.eval.linear, c.log.panels = 0.0, False, 0.0
         c.tasks.linear.protocol, c.tasks.localization.gallery = "lbfgs", 0
         c.tasks.baselines = ("untrained",)
         return lib.apply_variants(c, variant, dials)
@@ -37,13 +46,11 @@ def get_study(variant: str = "") -> Study:
         config=config,
         rows={
             "byol": lib.plain_byol,
-            "jitter": _pairs("roi_jitter", "saliency"),
-            "jitter_true": _pairs("roi_jitter", "ground_truth"),
-            "cover": _pairs("cover", "saliency"),
-            "cover_true": _pairs("cover", "ground_truth"),
-            "local": _small_crops("saliency"),
-            "local_true": _small_crops("ground_truth"),
-            "local_random": _small_crops("random"),
+            "byol_tight": _plain((0.05, 0.4)),
+            "byol_loose": _plain((0.4, 1.0)),
+            **{f"jitter{name}": _pairs("roi_jitter", *how) for name, how in REGIONS.items()},
+            **{f"cover{name}": _pairs("cover", *how) for name, how in REGIONS.items()},
+            **{f"local{name}": _small_crops(*how) for name, how in REGIONS.items()},
         },
         baseline="byol",
         judge=config,
@@ -52,27 +59,45 @@ def get_study(variant: str = "") -> Study:
     )
 
 
-def _pairs(way: str, regions: str) -> Change:
+def _plain(area: tuple[float, float]) -> Change:
+    """No guidance; random crops of this share of the scene."""
+
+    def change(c: lib.ConfigDict) -> None:
+        lib.plain_byol(c)
+        c.crops.area = area
+
+    return change
+
+
+def _pairs(way: str, regions: str, stage: str = "") -> Change:
     """Four pairs of five by this way."""
 
     def change(c: lib.ConfigDict) -> None:
         c.pairs.mix[way] = 0.8
         c.roi.source = regions
+        _fine_map(c, stage)
 
     return change
 
 
-def _small_crops(regions: str) -> Change:
+def _small_crops(regions: str, stage: str = "") -> Change:
     """Plain pairs, and two small crops at regions; 'random' ones are ordinary small crops."""
 
     def change(c: lib.ConfigDict) -> None:
-        c.local.count, c.local.size = 2, 32
+        c.local.count = 2
         if regions == "random":
             c.local.source, c.roi.source, c.saliency.source = "random", "none", "none"
         else:
             c.roi.source = regions
+            _fine_map(c, stage)
 
     return change
+
+
+def _fine_map(c: lib.ConfigDict, stage: str) -> None:
+    """The map from this one stage, of whole scenes; '': as configs/scenes.py has it."""
+    if stage:
+        c.saliency.stages, c.saliency.size = (stage,), 96
 
 
 def _photos(c: lib.ConfigDict) -> list[lib.ConfigDict]:
@@ -101,13 +126,9 @@ def _clean(c: lib.ConfigDict) -> None:
         source.scenes.clutter = 0.0
 
 
+def _short(c: lib.ConfigDict) -> None:
+    c.total_steps = 400
+
+
 def _long(c: lib.ConfigDict) -> None:
-    c.total_steps = 1200
-
-
-def _tight(c: lib.ConfigDict) -> None:
-    c.crops.area = (0.05, 0.4)
-
-
-def _loose(c: lib.ConfigDict) -> None:
-    c.crops.area = (0.3, 1.0)
+    c.total_steps = 3600
