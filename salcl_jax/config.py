@@ -96,12 +96,14 @@ def base() -> ConfigDict:
     c.pairs.mix.roi_jitter = 0.0  # both crops are jittered copies of one region
     c.pairs.mix.roi_global = 0.0  # a jittered region and a random crop
     c.pairs.mix.roi_center = 0.0  # random crops centred in one region
+    c.pairs.mix.zoom = 0.0  # random crops of the part around one region, as though it were the photo
     c.pairs.mix.map_center = 0.0  # random crops centred at draws from the map
     c.pairs.mix.cover = 0.5  # crops of random sizes, placed to hold a share of one region's mass
     c.pairs.mix.contrastive_crop = 0.0  # ContrastiveCrop's centres
     c.pairs.jitter_shift = 0.25  # centre shift, in sides of the region
     c.pairs.jitter_area = (0.5, 2.0)  # area factor
     c.pairs.jitter_ratio = (0.75, 4 / 3)  # aspect factor
+    c.pairs.zoom = 1.5  # zoom: side of that part over the region's
     c.pairs.min_size = 0.1  # smallest side of a crop, canvas sides
     c.pairs.cover_share = 0.5  # of the region's mass that each crop must hold
     c.pairs.cover_tries = 10  # random places tried for that

@@ -51,7 +51,7 @@ _AT_LEAST = {
     "data.max_boxes": 1, "data.workers": 1, "data.prefetch": 1, "model.width": 1, "crops.size": 16,
     "saliency.size": 16, "roi.window": 0.01, "roi.extent": 0.01, "roi.temperature": 1e-4,
     "local.count": 0, "local.size": 16, "loss.temperature": 1e-3, "weights.temperature": 1e-3,
-    "weights.floor": 0, "log.every": 1, "eval.batch_size": 1, "pairs.cover_tries": 1,
+    "weights.floor": 0, "log.every": 1, "eval.batch_size": 1, "pairs.cover_tries": 1, "pairs.zoom": 1,
     "checkpoint.keep": 1, "collapse.patience": 1, "optim.weight_decay": 0, "optim.lr": 0,
     "local.weight": 0, "pairs.beta": 0.01, "log.panel_images": 1, "roi.count": 1, "eval.size": 16,
     "model.projector_hidden": 1, "model.projector_out": 1, "model.predictor_hidden": 1,
@@ -166,9 +166,9 @@ def _validate_guidance(c: ConfigDict) -> None:
     mix, need_map = c.pairs.mix, c.weights.mode != "none" or c.roi.source == "saliency"
     for way, share in mix.items():
         _need(0 <= share <= 1, c, f"pairs.mix.{way}", "must lie between 0 and 1")
-        need_map |= share > 0 and way in ("map_center", "cover", "contrastive_crop")
+        need_map |= share > 0 and way in ("map_center", "contrastive_crop")
     total = sum(mix.values())
-    followed = sum(mix[way] for way in ("roi_jitter", "roi_global", "roi_center"))  # windows of a region
+    followed = sum(mix[way] for way in ("roi_jitter", "roi_global", "roi_center", "zoom"))  # windows of a region
     if total > 1 + 1e-6:
         raise ConfigError(f"config.pairs.mix adds up to {total:g}: must not exceed 1")
     small = c.local.count > 0 and c.local.source == "roi"
@@ -178,7 +178,7 @@ def _validate_guidance(c: ConfigDict) -> None:
               "center, ground_truth")  # fmt: skip
     if need_map:
         _need(c.saliency.source != "none", c, "saliency.source",
-              "roi.source = saliency, weights.mode and the ways map_center, cover and contrastive_crop "
+              "roi.source = saliency, weights.mode and the ways map_center and contrastive_crop "
               f"need a map; allowed: {', '.join(maps.names())}")  # fmt: skip
     vit = c.model.name.startswith("vit")
     _need(vit or c.saliency.source != "attention", c, "saliency.source", "needs a ViT (model.name)")
@@ -198,7 +198,7 @@ def _validate_guidance(c: ConfigDict) -> None:
               "must be online when crops.gradient is on: the target is not trained")  # fmt: skip
         _need(c.roi.source == "saliency", c, "roi.source", "must be saliency when crops.gradient is on")
         _need(followed > 0 or small, c, "crops.gradient",
-              "no window follows a region: needs roi_jitter, roi_global or roi_center in pairs.mix, or "
+              "no window follows a region: needs roi_jitter, roi_global, roi_center or zoom in pairs.mix, or "
               "small crops (local.count) of regions")  # fmt: skip
     if c.weights.normalize == "image" and c.weights.mode != "none":
         _need(c.local.count > 0, c, "weights.normalize",

@@ -220,7 +220,7 @@ REFUSED = [
     ("saliency.source", {**NO_MAP, **_ways(), "roi.source": "saliency"}, 1),
     ("saliency.source", {**NO_MAP, **_ways(map_center=0.1)}, 1),
     ("saliency.source", {**NO_MAP, **_ways(contrastive_crop=0.1)}, 1),
-    ("saliency.source", {**NO_MAP, **_ways(cover=0.1)}, 1),
+    ("pairs.zoom", {"pairs.zoom": 0.5}, 1),
     ("saliency.stages", {"saliency.stages": ()}, 1),
     ("saliency.stages", {"saliency.stages": ("stage9",)}, 1),
     ("saliency.stages", {"saliency.source": "gradcam", "saliency.stages": ("stage3",)}, 1),
@@ -300,6 +300,7 @@ ALLOWED = [
     {"data.canvas": 64, "crops.size": 64, "saliency.size": 64},  # no small crops: their size does not matter
     {"local.count": 2, "weights.normalize": "image"},
     {**NO_MAP, **_ways(roi_jitter=0.4, roi_global=0.3, roi_center=0.3)},
+    {**NO_MAP, **_ways(cover=0.5, zoom=0.5)},  # regions of a control are whole: no map has a say in them
     {**NO_MAP, **_ways(), "roi.source": "none"},
     {"crops.gradient": True, "saliency.branch": "online", **_ways(roi_jitter=0.5)},
     {"crops.gradient": True, "saliency.branch": "online", "local.count": 2},

@@ -19,6 +19,7 @@ SHAPE = views.Shape(
     jitter_shift=0.25,
     jitter_area=(0.5, 2.0),
     jitter_ratio=(0.75, 4 / 3),
+    zoom=1.5,
     min_size=0.05,
     cover_share=0.5,
     cover_tries=6,
@@ -147,6 +148,23 @@ def test_roi_center_draws_centres_all_over_the_region_and_keeps_sizes():
     quarters = np.quantile(place, [0.25, 0.5, 0.75], axis=0)
     np.testing.assert_allclose(quarters, np.tile([[[0.25]], [[0.5]], [[0.75]]], (1, 2, 2)), atol=0.05)
     assert abs(np.corrcoef(place[:, 0, 0], place[:, 1, 0])[0, 1]) < 0.1  # two points, not one
+
+
+@pytest.mark.parametrize(
+    "box, part",
+    [
+        ((0.4, 0.4, 0.5, 0.6), (0.3, 0.35, 0.6, 0.65)),  # 1.5 x 0.2 around its middle
+        ((0.0, 0.7, 0.2, 1.0), (0.0, 0.55, 0.45, 1.0)),  # moved inside
+        ((0.1, 0.2, 0.9, 0.9), (0.0, 0.0, 1.0, 1.0)),  # as large as the photo at most
+    ],
+)
+def test_zoom_draws_the_random_windows_in_the_part_around_the_region(box, part):
+    random = jnp.array(np.random.default_rng(0).uniform([0, 0, 0.6, 0.6], [0.4, 0.4, 1, 1], (40, 2, 4)), jnp.float32)
+    windows, ok = _way("zoom", random, _scene(_only(box, 40)))
+    low, side = np.array(part)[:2], np.array(part)[2:] - np.array(part)[:2]
+    expected = np.tile(low, 2) + np.tile(side, 2) * np.asarray(random)
+    np.testing.assert_allclose(windows, expected, atol=1e-6)
+    assert ok.all()
 
 
 def test_map_center_follows_the_mass_above_the_mean():
@@ -286,7 +304,7 @@ def test_windows_move_with_their_region():
     with jax.enable_x64(True):
         boxes, random, eps = np.array([[[*MIDDLE]]]), np.array(_small(1), np.float64), 1e-6
         weight = np.random.default_rng(3).normal(size=(1, 2, 4))
-        for way in (views.roi_jitter, views.roi_center):
+        for way in (views.roi_jitter, views.roi_center, views.zoom):
 
             def total(boxes, way=way):
                 rois = Rois(boxes, jnp.ones((1, 1), bool), jnp.ones((1, 1)))

@@ -32,6 +32,7 @@ class Shape(NamedTuple):
     jitter_shift: float  # centre shift of a jittered region, in its own sides
     jitter_area: tuple[float, float]  # area factor of a jittered region
     jitter_ratio: tuple[float, float]  # aspect factor of a jittered region
+    zoom: float  # side of the part of the photo around a region, over the region's
     min_size: float  # smallest side of any window, in canvas sides
     cover_share: float  # share of the region's mass that a covering window must hold
     cover_tries: int  # random places tried for that
@@ -88,6 +89,19 @@ def roi_center(key: PRNGKeyArray, random: Pair, scene: Scene, shape: Shape) -> t
     return _recenter(random, center[:, None, :] + offset * size[:, None, :], shape), ok
 
 
+def zoom(key: PRNGKeyArray, random: Pair, scene: Scene, shape: Shape) -> tuple:
+    """Random windows of a part of the photo around one region, as though that part were the photo.
+
+    The part has the photo's aspect and `shape.zoom` times the larger side of the region, at most the photo's.
+    """
+    box, ok = choose(key, scene.rois)
+    center, size = box_ops.center_size(box)
+    side = jnp.minimum(shape.zoom * jnp.max(size, axis=1, keepdims=True), 1.0)
+    corner = jnp.clip(center - 0.5 * side, 0.0, 1.0 - side)
+    inside = jnp.concatenate([corner, corner], axis=1)[:, None] + side[:, None] * random
+    return box_ops.clip_inside(inside, shape.min_size), ok
+
+
 def map_center(key: PRNGKeyArray, random: Pair, scene: Scene, shape: Shape) -> tuple:
     """Random windows of the usual sizes, each centred at its own draw from the saliency map."""
     b, h, w = scene.maps.shape
@@ -139,6 +153,7 @@ WAYS = {
     "roi_jitter": roi_jitter,
     "roi_global": roi_global,
     "roi_center": roi_center,
+    "zoom": zoom,
     "map_center": map_center,
     "cover": cover,
     "contrastive_crop": contrastive_crop,
