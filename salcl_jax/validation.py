@@ -168,7 +168,8 @@ def _validate_guidance(c: ConfigDict) -> None:
         _need(0 <= share <= 1, c, f"pairs.mix.{way}", "must lie between 0 and 1")
         need_map |= share > 0 and way in ("map_center", "contrastive_crop")
     total = sum(mix.values())
-    followed = sum(mix[way] for way in ("roi_jitter", "roi_global", "roi_center", "zoom"))  # windows of a region
+    # Ways whose windows move with a region.
+    followed = sum(mix[way] for way in ("roi_jitter", "roi_global", "roi_center", "zoom"))
     if total > 1 + 1e-6:
         raise ConfigError(f"config.pairs.mix adds up to {total:g}: must not exceed 1")
     small = c.local.count > 0 and c.local.source == "roi"

@@ -159,7 +159,8 @@ def test_roi_center_draws_centres_all_over_the_region_and_keeps_sizes():
     ],
 )
 def test_zoom_draws_the_random_windows_in_the_part_around_the_region(box, part):
-    random = jnp.array(np.random.default_rng(0).uniform([0, 0, 0.6, 0.6], [0.4, 0.4, 1, 1], (40, 2, 4)), jnp.float32)
+    draw = np.random.default_rng(0).uniform([0, 0, 0.6, 0.6], [0.4, 0.4, 1, 1], (40, 2, 4))
+    random = jnp.array(draw, jnp.float32)
     windows, ok = _way("zoom", random, _scene(_only(box, 40)))
     low, side = np.array(part)[:2], np.array(part)[2:] - np.array(part)[:2]
     expected = np.tile(low, 2) + np.tile(side, 2) * np.asarray(random)

@@ -1,8 +1,10 @@
-"""Built-in scenes: when would a perfect map pay, and how much of that does the learnt map reach?
+"""Built-in scenes: when does guidance pay, and which of its choices matter there?
 
 python -m salcl_jax.study --study=configs/studies/scenes.py:small,clutter --workdir=DIR --jobs=2
-variants (dials that combine): small and large (objects of 0.12 to 0.25 and 0.4 to 0.7 of the image), clutter
-(heaviest), clean (none), short and long (a third and three times the steps)
+variants, joined by commas
+dials of the scenes: small and large (objects of 0.12 to 0.25 and 0.4 to 0.7 of the image; else 0.25 to 0.5),
+clutter (heaviest), clean (none), short and long (half and three times the steps)
+rows, beside zoomed pairs with their controls: plain, pairs, local, maps, regions, weights, schedule
 Results: RESULTS.md.
 """
 
@@ -16,88 +18,184 @@ FIGURES = {
     "localization/corloc": "CorLoc",
     "localization/pointing": "pointing",
 }
-# Name of the rows' ending: where regions come from, and the stage of the map.
 REGIONS = {
-    "": ("saliency",),
-    "_stage1": ("saliency", "stage1"),
-    "_true": ("ground_truth",),
-    "_random": ("random",),
+    "": {"roi.source": "saliency"},
+    "_true": {"roi.source": "ground_truth"},
+    "_random": {"roi.source": "random"},  # of any size
+    "_random_small": {"roi.source": "random", "roi.max_size": 0.3},  # of sizes as the map gives them
+    "_center": {"roi.source": "center"},
 }
+DRAWN = ("saliency.source", "saliency.stages")
 
 
 def get_study(variant: str = "") -> Study:
-    """Ways from a region to crops, with regions of maps, true ones and random ones; tuned BYOL."""
+    """Plain crops, zoomed pairs and their controls, and the rows of the groups that the variant names."""
     dials = {"small": _small, "large": _large, "clutter": _clutter, "clean": _clean, "short": _short,
              "long": _long}  # fmt: skip
+    groups = {"plain": _plain, "pairs": _pairs, "local": _local, "maps": _maps, "regions": _regions,
+              "weights": _weights, "schedule": _schedule}  # fmt: skip
+    named = variant.split(",") if variant else []
+    rows = {"byol": lib.plain_byol} | _core()
+    for name in named:
+        rows |= groups[name]() if name in groups else {}
+    turned = ",".join(name for name in named if name not in groups)
 
     def config() -> lib.ConfigDict:
-        c = lib.beside(__file__, "../scenes.py").get_config()
-        c.pairs.mix.cover = c.pairs.mix.roi_jitter = 0.0
-        c.total_steps = 1200
-        c.data.cache = "canvas"
-        c.crops.size, c.local.size = 32, 24
-        c.eval.every, c.eval.linear, c.log.panels = 0.0, False, 0.0
-        c.tasks.linear.protocol, c.tasks.localization.gallery = "lbfgs", 0
-        c.tasks.baselines = ("untrained",)
-        return lib.apply_variants(c, variant, dials)
+        return lib.apply_variants(_config(), turned, dials)
 
     return Study(
-        question=f"Built-in scenes{f', {variant}' if variant else ''}: what do regions add to plain crops?",
+        question=f"Built-in scenes{f', {variant}' if variant else ''}: what does guidance add?",
         config=config,
-        rows={
-            "byol": lib.plain_byol,
-            "byol_tight": _plain((0.05, 0.4)),
-            "byol_loose": _plain((0.4, 1.0)),
-            **{f"jitter{name}": _pairs("roi_jitter", *how) for name, how in REGIONS.items()},
-            **{f"cover{name}": _pairs("cover", *how) for name, how in REGIONS.items()},
-            **{f"local{name}": _small_crops(*how) for name, how in REGIONS.items()},
-        },
+        rows=rows,
+        matched={"byol_as_zoom": ("byol", "zoom")},
         baseline="byol",
         judge=config,
         tasks=("linear", "knn", "multilabel", "localization"),
         figures=FIGURES,
+        fixed=() if "maps" in named else DRAWN,
     )
 
 
-def _plain(area: tuple[float, float]) -> Change:
-    """No guidance; random crops of this share of the scene."""
+def _config() -> lib.ConfigDict:
+    """The demo's recipe without guidance's crops and weights; a row adds what it asks about."""
+    c = lib.beside(__file__, "../scenes.py").get_config()
+    for way in c.pairs.mix:
+        c.pairs.mix[way] = 0.0
+    c.total_steps = 1000
+    c.data.cache = "canvas"
+    c.crops.size, c.local.size = 40, 36  # maps of 3 x 3 cells; smaller ones are slow on CPUs
+    c.pairs.min_size = 0.05
+    c.saliency.stages, c.saliency.size = ("stage1",), 96
+    c.roi.window, c.roi.min_size, c.roi.count = 0.08, 0.1, 4
+    c.eval.every, c.eval.linear, c.log.panels = 0.0, False, 0.0
+    c.tasks.linear.protocol, c.tasks.localization.gallery = "lbfgs", 0
+    c.tasks.baselines = ("untrained",)
+    return c
+
+
+def _row(mix: dict[str, float] | None = None, **fields) -> Change:
+    """Pairs by these ways, and fields by their dotted names."""
 
     def change(c: lib.ConfigDict) -> None:
-        lib.plain_byol(c)
-        c.crops.area = area
+        c.pairs.mix.update(mix or {})
+        c.update_from_flattened_dict(fields)
+        if c.roi.source != "saliency" and c.weights.mode == "none":
+            c.saliency.source = "none"  # a map that nothing looks at is not charged
 
     return change
 
 
-def _pairs(way: str, regions: str, stage: str = "") -> Change:
-    """Four pairs of five by this way."""
-
-    def change(c: lib.ConfigDict) -> None:
-        c.pairs.mix[way] = 0.8
-        c.roi.source = regions
-        _fine_map(c, stage)
-
-    return change
+def _zoom(share: float = 0.8, **fields) -> Change:
+    return _row({"zoom": share}, **fields)
 
 
-def _small_crops(regions: str, stage: str = "") -> Change:
-    """Plain pairs, and two small crops at regions; 'random' ones are ordinary small crops."""
-
-    def change(c: lib.ConfigDict) -> None:
-        c.local.count = 2
-        if regions == "random":
-            c.local.source, c.roi.source, c.saliency.source = "random", "none", "none"
-        else:
-            c.roi.source = regions
-            _fine_map(c, stage)
-
-    return change
+def _core() -> dict[str, Change]:
+    """Four pairs of five zoomed, at regions of the map and at those of the controls."""
+    return {f"zoom{name}": _zoom(**regions) for name, regions in REGIONS.items()}
 
 
-def _fine_map(c: lib.ConfigDict, stage: str) -> None:
-    """The map from this one stage, of whole scenes; '': as configs/scenes.py has it."""
-    if stage:
-        c.saliency.stages, c.saliency.size = (stage,), 96
+def _plain() -> dict[str, Change]:
+    """BYOL deserves tuning too: crop scale and learning rate."""
+
+    def plain(**fields) -> Change:
+        def change(c: lib.ConfigDict) -> None:
+            lib.plain_byol(c)
+            c.update_from_flattened_dict(fields)
+
+        return change
+
+    return {
+        "byol_area05": plain(**{"crops.area": (0.05, 0.4)}),
+        "byol_area08": plain(**{"crops.area": (0.08, 1.0)}),
+        "byol_area40": plain(**{"crops.area": (0.4, 1.0)}),
+        "byol_lr_half": plain(**{"optim.lr": 0.004}),
+        "byol_lr_double": plain(**{"optim.lr": 0.016}),
+    }
+
+
+def _pairs() -> dict[str, Change]:
+    """Other ways from a region to the pair, and how much of which."""
+    ways = ("roi_jitter", "cover", "roi_center", "roi_global")
+    rows = {way + end: _row({way: 0.8}, **REGIONS[end]) for way in ways for end in ("", "_true", "_random")}
+    rows |= {way: _row({way: 0.8}) for way in ("map_center", "contrastive_crop")}
+    rows |= {f"zoom_share{100 * share:.0f}": _zoom(share) for share in (0.2, 0.5, 1.0)}
+    return rows | {f"zoom_side{10 * side:.0f}": _zoom(**{"pairs.zoom": side}) for side in (1.0, 2.0, 3.0)}
+
+
+def _local() -> dict[str, Change]:
+    """Two small crops beside plain pairs: at regions of the map, true ones, and plain random crops."""
+    two = {"local.count": 2}
+    return {
+        "local": _row(**two),
+        "local_true": _row(**two, **{"roi.source": "ground_truth"}),
+        "local_random": _row(**two, **{"local.source": "random", "roi.source": "none"}),
+        "zoom_local": _zoom(**two),
+    }
+
+
+def _maps() -> dict[str, Change]:
+    """Where the map comes from, for zoomed pairs; `zoom` is the target's activation of stage 1 at 96 px."""
+
+    def drawn(source: str = "activation", *stages: str, **fields) -> Change:
+        return _zoom(**{"saliency.source": source, "saliency.stages": stages or ("stage1",), **fields})
+
+    return {
+        "norm1": drawn(**{"saliency.statistic": "norm"}),
+        "online1": drawn(**{"saliency.branch": "online"}),
+        "small1": drawn(**{"saliency.size": 48}),
+        "activation2": drawn("activation", "stage2"),
+        "activation3": drawn("activation", "stage3"),
+        "activation4": drawn("activation", "stage4"),
+        "activation12": drawn("activation", "stage1", "stage2"),
+        "activation23": drawn("activation", "stage2", "stage3"),
+        "border3": drawn("border", "stage3"),
+        "similarity4": drawn("similarity", "stage4"),
+        "contrast4": drawn("contrast", "stage4"),
+        "gradcam4": drawn("gradcam", "stage4"),
+    }
+
+
+def _regions() -> dict[str, Change]:
+    """From the map to regions: how many, how wide a neighbourhood is measured, how large they are."""
+    return {
+        "count1": _zoom(**{"roi.count": 1}),
+        "count2": _zoom(**{"roi.count": 2}),
+        "count8": _zoom(**{"roi.count": 8}),
+        "window05": _zoom(**{"roi.window": 0.05}),
+        "window15": _zoom(**{"roi.window": 0.15}),
+        "window30": _zoom(**{"roi.window": 0.3}),
+        "extent07": _zoom(**{"roi.extent": 0.7}),
+        "extent15": _zoom(**{"roi.extent": 1.5}),
+        "level0": _zoom(**{"roi.level": 0.0}),
+        "level5": _zoom(**{"roi.level": 0.5}),
+        "peak0": _zoom(**{"roi.min_peak": 0.0}),  # all regions, however weak
+        "peak8": _zoom(**{"roi.min_peak": 0.8}),
+    }
+
+
+def _weights() -> dict[str, Change]:
+    """Pairs weighted by the saliency inside their crops: of plain crops, and of zoomed pairs."""
+    modes = {
+        "geometric": {"weights.mode": "geometric"},
+        "product": {"weights.mode": "product"},
+        "minimum": {"weights.mode": "minimum"},
+        "sharp": {"weights.mode": "geometric", "weights.temperature": 0.5},
+        "absolute": {"weights.mode": "geometric", "weights.relative": False},
+    }
+    plain = {f"plain_{name}": _row(**fields) for name, fields in modes.items()}
+    return plain | {f"zoom_{name}": _zoom(**fields) for name, fields in modes.items()}
+
+
+def _schedule() -> dict[str, Change]:
+    """When guidance sets in, and whether the loss moves the windows."""
+    online = {"saliency.branch": "online", "crops.gradient": True}
+    return {
+        "start0": _zoom(**{"guidance.start": 0.0, "guidance.full": 0.0}),
+        "start10": _zoom(**{"guidance.start": 0.1, "guidance.full": 0.3}),
+        "start30": _zoom(**{"guidance.start": 0.3, "guidance.full": 0.6}),
+        "zoom_online": _zoom(**{"saliency.branch": "online"}),
+        "zoom_gradient": _zoom(**online),
+    }
 
 
 def _photos(c: lib.ConfigDict) -> list[lib.ConfigDict]:
@@ -127,8 +225,8 @@ def _clean(c: lib.ConfigDict) -> None:
 
 
 def _short(c: lib.ConfigDict) -> None:
-    c.total_steps = 400
+    c.total_steps = 500
 
 
 def _long(c: lib.ConfigDict) -> None:
-    c.total_steps = 3600
+    c.total_steps = 3000
