@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 
 from salcl_jax import losses
 
@@ -70,6 +69,7 @@ def test_byol_sums_both_directions():
 
 
 def test_simsiam_is_half_of_each_negative_cosine():
+    torch = pytest.importorskip("torch")
     p, z = _vectors(v=2)
     value = losses.simsiam(_f32(p), _f32(z), BOTH)
     loss = losses.combine(value, jnp.ones_like(value), jnp.ones(2))
@@ -81,6 +81,7 @@ def test_simsiam_is_half_of_each_negative_cosine():
 
 @pytest.mark.parametrize("temperature", [0.1, 0.2, 1.0])
 def test_info_nce_is_the_cross_entropy_of_torch(temperature):
+    torch = pytest.importorskip("torch")
     q, k = _vectors(b=7)
     value = losses.info_nce(_f32(q), _f32(k), SMALL, temperature)
     for column, (i, j) in enumerate(SMALL):

@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import torch
 
 from salcl_jax import optim
 
@@ -123,7 +122,7 @@ def test_lars_does_not_divide_by_a_gradient_or_weight_of_zero():
         np.testing.assert_allclose(found, wanted, rtol=2e-4, atol=2e-5)
 
 
-def _torch(make, params, grads, decay_all, decay):
+def _torch(torch, make, params, grads, decay_all, decay):
     """Parameters after torch's optimizer, its learning rate set before every step."""
     leaves = [torch.nn.Parameter(torch.tensor(p, dtype=torch.float64)) for p in jax.tree.leaves(params)]
     groups = [{"params": [p], "weight_decay": decay if decay_all or p.ndim > 1 else 0.0} for p in leaves]
@@ -140,12 +139,13 @@ def _torch(make, params, grads, decay_all, decay):
 @pytest.mark.parametrize("decay_all", [False, True])
 @pytest.mark.parametrize("name", ["sgd", "adamw"])
 def test_sgd_and_adamw_are_those_of_torch(name, decay_all):
+    torch = pytest.importorskip("torch")
     params, grads = _trees()
     makers = {
         "sgd": lambda groups: torch.optim.SGD(groups, lr=1.0, momentum=0.9),
         "adamw": lambda groups: torch.optim.AdamW(groups, lr=1.0, betas=(0.9, 0.999), eps=1e-8),
     }
-    expected = _torch(makers[name], params, grads, decay_all, 0.05)
+    expected = _torch(torch, makers[name], params, grads, decay_all, 0.05)
     rate = optim.schedule(**SCHEDULE | {"peak": 0.32, "final": 0.01})
     found = _run(optim.make(name, rate, **OPTIONS | {"decay_all": decay_all}), params, grads)
     for leaf, wanted in zip(found, expected, strict=True):
