@@ -49,6 +49,31 @@ class Run(NamedTuple):
         return f"{self.row}-{self.seed}"
 
 
+def guided(mix: Mapping[str, float] | None = None, **fields: Any) -> Change:
+    """A row: pairs by these ways (`pairs.mix`), and fields by their dotted names.
+
+    Where nothing looks at a map, none is drawn: a control is not charged for it.
+    """
+
+    def change(c: Any) -> None:
+        c.pairs.mix.update(mix or {})
+        c.update_from_flattened_dict(fields)
+        if c.roi.source != "saliency" and c.weights.mode == "none":
+            c.saliency.source = "none"
+
+    return change
+
+
+def plain(**fields: Any) -> Change:
+    """A row: no guidance, and fields by their dotted names."""
+
+    def change(c: Any) -> None:
+        config_lib.plain_byol(c)
+        c.update_from_flattened_dict(fields)
+
+    return change
+
+
 def load(path: str) -> Study:
     """The study in a file, FILE.py[:VARIANT]. Raises `ConfigError` with what is wrong with it."""
     file, _, variant = path.partition(":")

@@ -63,9 +63,14 @@ def row(name: str, seed: int, **figures: float) -> dict:
     }  # fmt: skip
 
 
+GROUPS = {"scenes": ":small,clutter,plain,pairs,local,maps,regions,weights,schedule",
+          "photos": ":long,plain,pairs,local,weights,maps"}  # fmt: skip
+
+
+@pytest.mark.parametrize("groups", [{}, GROUPS], ids=["core", "all groups"])
 @pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
-def test_every_study_and_its_rows_are_valid(path):
-    plan = study_plan.load(str(path))
+def test_every_study_and_its_rows_are_valid(path, groups):
+    plan = study_plan.load(f"{path}{groups.get(path.stem, '')}")
     assert len(study_plan.runs(plan)) == len(plan.seeds) * (len(plan.rows) + len(plan.matched))
     assert plan.question and plan.baseline in plan.rows
     names = {study_plan.digest(study_plan.configuration(plan, Run(name, 0))) for name in plan.rows}
@@ -76,6 +81,23 @@ def test_dials_of_a_study_combine():
     plan = study_plan.load(f"{ROOT}/configs/studies/scenes.py:small,clutter")
     scenes = plan.config().tasks.localization.test.scenes
     assert scenes.object_size == (0.12, 0.25) and scenes.clutter == 1.0
+
+
+def test_rows_of_a_study_are_charged_for_no_map_that_nothing_looks_at():
+    rows = {
+        "map": study_plan.guided({"zoom": 0.5}, **{"pairs.zoom": 3.0}),
+        "true": study_plan.guided({"zoom": 0.5}, **{"roi.source": "ground_truth"}),
+        "weighted": study_plan.guided(**{"roi.source": "random", "weights.mode": "product"}),
+        "plain": study_plan.plain(**{"optim.lr": 0.5}),
+    }
+    found = {name: lib.base() for name in rows}
+    for name, change in rows.items():
+        found[name].weights.mode = "none"
+        change(found[name])
+    drawn = lib.base().saliency.source
+    assert [c.saliency.source for c in found.values()] == [drawn, "none", drawn, "none"]
+    assert found["map"].pairs.mix.zoom == 0.5 and found["map"].pairs.zoom == 3.0
+    assert found["plain"].optim.lr == 0.5 and sum(found["plain"].pairs.mix.values()) == 0
 
 
 @pytest.mark.parametrize("fields, words", [

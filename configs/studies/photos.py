@@ -1,14 +1,14 @@
 """Scene photos (COCO and VOC, train splits): what does guidance add to plain crops, beside its controls?
 
 SALCL_DATA=DIR python -m salcl_jax.study --study=configs/studies/photos.py --workdir=DIR --jobs=2
-The folder SALCL_DATA is that of configs/judge.py. variants: shipped (what configs/ has, and small crops),
-plain (BYOL's own crop scale and learning rate), pairs (ways from a region to the pair of crops), local (extra
-small crops), weights, maps (source of the map); none runs the rows of all
+The folder SALCL_DATA is that of configs/judge.py. Variants, joined by commas: long (five times the steps);
+rows, beside zoomed pairs with their controls: plain (BYOL's own crop scale and learning rate), pairs, local
+(extra small crops), weights, maps (source of the map)
 Results: RESULTS.md.
 """
 
 from salcl_jax import config as lib
-from salcl_jax.study_plan import Change, Study
+from salcl_jax.study_plan import Change, Study, guided, plain
 
 FIGURES = {
     "linear/top1": "linear",
@@ -19,32 +19,29 @@ FIGURES = {
     "segmentation/miou": "VOC mIoU",
     "localization/corloc": "CorLoc",
 }
-
+REGIONS = {"": "saliency", "_true": "ground_truth", "_random": "random", "_center": "center"}
 # Rows without a map that are also given the operations of a guided one, as further steps.
-MATCHED = (("byol", "guided"), ("byol", "local_map"), ("byol", "cover"), ("local_random", "local_map"))
+MATCHED = (("byol", "zoom"), ("byol", "local"), ("local_random", "local"))
 
 
 def get_study(variant: str = "") -> Study:
-    """The rows of one question, or of all."""
-    groups = {
-        "shipped": _shipped(), "plain": _plain(), "pairs": _pairs(), "local": _local(),
-        "weights": _weights(), "maps": _maps(),
-    }  # fmt: skip
-    if variant and variant not in groups:
-        raise lib.ConfigError(f"variant '{variant}' is unknown; this study has: {', '.join(groups)}")
-    rows = groups[variant] if variant else {name: row for g in groups.values() for name, row in g.items()}
+    """Plain crops, zoomed pairs and their controls, and the rows of the groups that the variant names."""
+    groups = {"plain": _plain, "pairs": _pairs, "local": _local, "weights": _weights, "maps": _maps}
+    named = variant.split(",") if variant else []
+    rows = {"byol": lib.plain_byol} | _core()
+    for name in named:
+        rows |= groups[name]() if name in groups else {}
+    turned = ",".join(name for name in named if name not in groups)
     return Study(
-        question=f"Scene photos: what does guidance add{f' ({variant})' if variant else ''}?",
-        config=_config,
-        rows={"byol": lib.plain_byol} | rows,
+        question=f"Scene photos{f', {variant}' if variant else ''}: what does guidance add to plain crops?",
+        config=lambda: lib.apply_variants(_config(), turned, {"long": _long}),
+        rows=rows,
         baseline="byol",
         judge=_judge,
         tasks=("linear", "knn", "multilabel", "segmentation", "localization"),
         figures=FIGURES,
-        matched={
-            f"{own}_as_{row}": (own, row) for own, row in MATCHED if row in rows and own in {"byol", *rows}
-        },
-        fixed=() if variant == "maps" else ("saliency.source", "saliency.stages"),
+        matched={f"{own}_as_{row}": (own, row) for own, row in MATCHED if row in rows and own in rows},
+        fixed=() if "maps" in named else ("saliency.source", "saliency.stages"),
     )
 
 
@@ -58,12 +55,20 @@ def _config() -> lib.ConfigDict:
         "folder", roots=tuple(f"{folder}/images" for folder in folders),
         annotations=",".join(f"{folder}/annotations_train.json" for folder in folders),
     )  # fmt: skip
-    c.data.cache = "canvas"  # 0.1 GB
-    c.total_epochs = 20
+    c.data.canvas = 192  # small objects keep their pixels
+    c.data.cache = "canvas"  # 0.4 GB
+    c.total_epochs, c.total_steps = 0, 1064  # 20 passes over 3,402 photos
+    c.crops.size, c.local.size, c.local.area = 40, 36, (0.05, 0.25)  # smaller maps are slow on CPUs
+    c.roi.min_size, c.roi.count = 0.1, 6
+    c.pairs.min_size = 0.05
     c.pairs.mix.cover = 0.0
     c.weights.mode = "none"
     c.eval.every, c.log.panels = 0.0, 0.0
     return c
+
+
+def _long(c: lib.ConfigDict) -> None:
+    c.total_steps *= 5
 
 
 def _judge() -> lib.ConfigDict:
@@ -76,46 +81,23 @@ def _judge() -> lib.ConfigDict:
     return c
 
 
-def _mixed(**mix: float) -> Change:
-    """Pairs by these ways; what is left of 1 stays random."""
+def _core() -> dict[str, Change]:
+    """Four pairs of five zoomed, at regions of the map and of the controls, and `in_domain`.
 
-    def change(c: lib.ConfigDict) -> None:
-        c.pairs.mix.update(mix)
+    That says what better photos or regions could give at all: it trains without labels on the photos
+    that the judge's probes are fitted to.
+    """
 
-    return change
+    def in_domain(c: lib.ConfigDict) -> None:
+        lib.plain_byol(c)
+        c.data.train = _judge().tasks.classify.train
 
-
-def _small_crops(**fields: str) -> Change:
-    """Two small crops beside plain pairs; fields: of local and roi, by their dotted names."""
-
-    def change(c: lib.ConfigDict) -> None:
-        c.local.count, c.local.size, c.local.area = 2, 32, (0.05, 0.25)
-        c.update_from_flattened_dict(fields)
-
-    return change
-
-
-def _shipped() -> dict[str, Change]:
-    """Covering pairs and weights together, as configs/ has them; small crops of the map, and random ones."""
-
-    def guided(c: lib.ConfigDict) -> None:
-        c.pairs.mix.cover = lib.base().pairs.mix.cover
-        c.weights.mode = lib.base().weights.mode
-
-    local = _local()
-    return {"guided": guided, "local_random": local["local_random"], "local_map": local["local_map"]}
+    rows = {f"zoom{end}": guided({"zoom": 0.8}, **{"roi.source": where}) for end, where in REGIONS.items()}
+    return rows | {"in_domain": in_domain}
 
 
 def _plain() -> dict[str, Change]:
     """BYOL deserves tuning too: crop scale and learning rate."""
-
-    def plain(**fields: float | tuple) -> Change:
-        def change(c: lib.ConfigDict) -> None:
-            lib.plain_byol(c)
-            c.update_from_flattened_dict(fields)
-
-        return change
-
     return {
         "byol_area08": plain(**{"crops.area": (0.08, 1.0)}),
         "byol_area30": plain(**{"crops.area": (0.3, 1.0)}),
@@ -125,71 +107,45 @@ def _plain() -> dict[str, Change]:
 
 
 def _pairs() -> dict[str, Change]:
-    """From a region to the pair: each way for half of the pairs; then covering pairs of other regions."""
-
-    def cover(regions: str) -> Change:
-        def change(c: lib.ConfigDict) -> None:
-            c.pairs.mix.cover = 0.5
-            c.roi.source = regions
-
-        return change
-
-    return {
-        "cover": _mixed(cover=0.5),
-        "roi_center": _mixed(roi_center=0.5),
-        "map_center": _mixed(map_center=0.5),
-        "contrastive_crop": _mixed(contrastive_crop=0.5),
-        "roi_global": _mixed(roi_global=0.5),
-        "roi_jitter": _mixed(roi_jitter=0.5),
-        "cover_true": cover("ground_truth"),
-        "cover_random": cover("random"),
-        "cover_center": cover("center"),
-    }
+    """Other ways from a region to the pair, each for half of the pairs; controls of covering pairs."""
+    ways = ("cover", "roi_center", "map_center", "contrastive_crop", "roi_global", "roi_jitter")
+    rows = {way: guided({way: 0.5}) for way in ways}
+    controls = {f"cover{end}": where for end, where in REGIONS.items() if end}
+    return rows | {name: guided({"cover": 0.5}, **{"roi.source": where}) for name, where in controls.items()}
 
 
 def _local() -> dict[str, Change]:
-    """Extra small crops: of regions from the map, true, random and central ones, and plain random crops."""
-    no_map = {"local.source": "random", "roi.source": "none", "saliency.source": "none"}
+    """Two extra small crops: of regions from the map, true and central ones, and plain random crops."""
+    rows = {f"local{end}": REGIONS[end] for end in ("", "_true", "_center")}
     return {
-        "local_random": _small_crops(**no_map),
-        "local_map": _small_crops(),
-        "local_true": _small_crops(**{"roi.source": "ground_truth"}),
-        "local_center": _small_crops(**{"roi.source": "center"}),
+        **{name: guided(**{"local.count": 2, "roi.source": where}) for name, where in rows.items()},
+        "local_random": guided(**{"local.count": 2, "local.source": "random", "roi.source": "none"}),
+        "zoom_local": guided({"zoom": 0.8}, **{"local.count": 2}),
     }
 
 
 def _weights() -> dict[str, Change]:
-    """Pairs weighted by the saliency inside their crops; the crops stay plain."""
-
-    def weighted(mode: str, temperature: float = 1.0) -> Change:
-        return lambda c: c.weights.update(mode=mode, temperature=temperature)
-
-    return {
-        "weights_geometric": weighted("geometric"),
-        "weights_product": weighted("product"),
-        "weights_minimum": weighted("minimum"),
-        "weights_geometric_hot": weighted("geometric", 2.0),
-    }
+    """Pairs weighted by the saliency inside their crops: of plain crops, and of zoomed pairs."""
+    modes = ("geometric", "product", "minimum")
+    rows = {f"plain_{mode}": guided(**{"weights.mode": mode}) for mode in modes}
+    return rows | {"zoom_geometric": guided({"zoom": 0.8}, **{"weights.mode": "geometric"})}
 
 
 def _maps() -> dict[str, Change]:
-    """Where the map comes from, for covering pairs."""
+    """Where the map comes from, for zoomed pairs; `zoom` is the target's border map of stage 3."""
 
-    def drawn(**fields: str) -> Change:
-        def change(c: lib.ConfigDict) -> None:
-            c.pairs.mix.cover = 0.5
-            c.saliency.update(fields)
-
-        return change
+    def drawn(source: str, *stages: str, **fields) -> Change:
+        return guided({"zoom": 0.8}, **{"saliency.source": source, "saliency.stages": stages, **fields})
 
     return {
-        "cover": drawn(),  # border, stage 3, of the target
-        "border_online": drawn(branch="online"),
-        "border4": drawn(stages=("stage4",)),
-        "contrast": drawn(source="contrast", stages=("stage4",)),
-        "activation2": drawn(source="activation", stages=("stage2",)),
-        "activation4": drawn(source="activation", stages=("stage4",)),
-        "activation34": drawn(source="activation", stages=("stage3", "stage4")),
-        "similarity": drawn(source="similarity", stages=("stage4",)),
-        "gradcam": drawn(source="gradcam", stages=("stage4",)),
+        "border_online": drawn("border", "stage3", **{"saliency.branch": "online"}),
+        "border_fine": drawn("border", "stage3", **{"saliency.size": 96}),
+        "border4": drawn("border", "stage4"),
+        "contrast4": drawn("contrast", "stage4"),
+        "activation1": drawn("activation", "stage1"),
+        "activation2": drawn("activation", "stage2"),
+        "activation4": drawn("activation", "stage4"),
+        "activation34": drawn("activation", "stage3", "stage4"),
+        "similarity4": drawn("similarity", "stage4"),
+        "gradcam4": drawn("gradcam", "stage4"),
     }

@@ -9,7 +9,7 @@ Results: RESULTS.md.
 """
 
 from salcl_jax import config as lib
-from salcl_jax.study_plan import Change, Study
+from salcl_jax.study_plan import Change, Study, guided, plain
 
 FIGURES = {
     "linear/top1": "objects, linear",
@@ -73,20 +73,8 @@ def _config() -> lib.ConfigDict:
     return c
 
 
-def _row(mix: dict[str, float] | None = None, **fields) -> Change:
-    """Pairs by these ways, and fields by their dotted names."""
-
-    def change(c: lib.ConfigDict) -> None:
-        c.pairs.mix.update(mix or {})
-        c.update_from_flattened_dict(fields)
-        if c.roi.source != "saliency" and c.weights.mode == "none":
-            c.saliency.source = "none"  # a map that nothing looks at is not charged
-
-    return change
-
-
 def _zoom(share: float = 0.8, **fields) -> Change:
-    return _row({"zoom": share}, **fields)
+    return guided({"zoom": share}, **fields)
 
 
 def _core() -> dict[str, Change]:
@@ -96,14 +84,6 @@ def _core() -> dict[str, Change]:
 
 def _plain() -> dict[str, Change]:
     """BYOL deserves tuning too: crop scale and learning rate."""
-
-    def plain(**fields) -> Change:
-        def change(c: lib.ConfigDict) -> None:
-            lib.plain_byol(c)
-            c.update_from_flattened_dict(fields)
-
-        return change
-
     return {
         "byol_area05": plain(**{"crops.area": (0.05, 0.4)}),
         "byol_area08": plain(**{"crops.area": (0.08, 1.0)}),
@@ -116,10 +96,11 @@ def _plain() -> dict[str, Change]:
 def _pairs() -> dict[str, Change]:
     """Other ways from a region to the pair, and how much of which."""
     rows = {
-        way + end: _row({way: 0.8}, **REGIONS[end]) for way in ("roi_jitter", "cover")
+        way + end: guided({way: 0.8}, **REGIONS[end]) for way in ("roi_jitter", "cover")
         for end in ("", "_true", "_random")
     }  # fmt: skip
-    rows |= {way: _row({way: 0.8}) for way in ("roi_center", "roi_global", "map_center", "contrastive_crop")}
+    others = ("roi_center", "roi_global", "map_center", "contrastive_crop")
+    rows |= {way: guided({way: 0.8}) for way in others}
     rows |= {f"zoom_share{100 * share:.0f}": _zoom(share) for share in (0.5, 1.0)}
     return rows | {f"zoom_side{10 * side:.0f}": _zoom(**{"pairs.zoom": side}) for side in (1.0, 2.0, 3.0)}
 
@@ -128,9 +109,9 @@ def _local() -> dict[str, Change]:
     """Two small crops beside plain pairs: at regions of the map, true ones, and plain random crops."""
     two = {"local.count": 2}
     return {
-        "local": _row(**two),
-        "local_true": _row(**two, **{"roi.source": "ground_truth"}),
-        "local_random": _row(**two, **{"local.source": "random", "roi.source": "none"}),
+        "local": guided(**two),
+        "local_true": guided(**two, **{"roi.source": "ground_truth"}),
+        "local_random": guided(**two, **{"local.source": "random", "roi.source": "none"}),
         "zoom_local": _zoom(**two),
     }
 
@@ -143,7 +124,7 @@ def _maps() -> dict[str, Change]:
 
     return {
         "norm1": drawn(**{"saliency.statistic": "norm"}),
-        "online1": drawn(**{"saliency.branch": "online"}),
+        "zoom_online": drawn(**{"saliency.branch": "online"}),
         "small1": drawn(**{"saliency.size": 48}),
         "activation2": drawn("activation", "stage2"),
         "activation3": drawn("activation", "stage3"),
@@ -182,7 +163,7 @@ def _weights() -> dict[str, Change]:
         "sharp": {"weights.mode": "geometric", "weights.temperature": 0.5},
         "absolute": {"weights.mode": "geometric", "weights.relative": False},
     }
-    plain = {f"plain_{name}": _row(**modes[name]) for name in ("geometric", "product", "minimum")}
+    plain = {f"plain_{name}": guided(**modes[name]) for name in ("geometric", "product", "minimum")}
     return plain | {f"zoom_{name}": _zoom(**fields) for name, fields in modes.items()}
 
 
