@@ -72,6 +72,25 @@ def test_every_real_object_has_one_row():
     np.testing.assert_allclose(found["pooled"][1, :4], [0.0, 0.4, 0.6, 1.0], atol=1e-6)
 
 
+def test_padding_of_boxes_is_hardly_computed():
+    widths = []
+
+    def counted(images, boxes):
+        widths.append(boxes.shape[1])
+        return box_and_sum(images, boxes)
+
+    def batches():
+        for last in (None, 0, 2, 8):  # place of the last real box, of 16
+            boxes, classes = np.zeros((1, 16, 4), np.float32), np.full((1, 16), -1, np.int32)
+            if last is not None:
+                boxes[0, last], classes[0, last] = (0.2, 0.2, 0.4, 0.4), last
+            yield batch([7], boxes=boxes, classes=classes)
+
+    found = features.columns(counted, batches(), on="object")
+    assert widths == [1, 1, 4, 16]
+    np.testing.assert_array_equal(found["label"], [0, 2, 8])
+
+
 def test_the_classes_of_an_image_come_along():
     found = features.columns(box_and_sum, object_batches(), on="image")
     np.testing.assert_array_equal(found["classes"], [[7, 3, -1], [5, -1, -1], [7, 3, -1]])

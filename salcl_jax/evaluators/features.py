@@ -85,7 +85,10 @@ def _objects(batch: HostBatch, margin: float) -> tuple[np.ndarray, np.ndarray, C
             raise ValueError(f"features: on='object' needs {name!r} in the batch; this source has none")
     boxes, classes = batch["boxes"], np.asarray(batch["classes"], np.int32)
     real = np.all(boxes[..., 2:] > boxes[..., :2], axis=-1)
-    # Padding is cropped too, so that shapes stay fixed; a box without area could give NaN.
+    # Most of the padding is left out: a power of two of boxes an image, so that few shapes are compiled.
+    most = int(np.max(np.flatnonzero(real.any(axis=0)), initial=0)) + 1
+    boxes, classes, real = (x[:, : 1 << (most - 1).bit_length()] for x in (boxes, classes, real))
+    # What padding remains is cropped too; a box without area could give NaN.
     safe = np.where(real[..., None], grow_boxes(boxes, margin), np.float32(WHOLE_CANVAS))
     keep = real & (classes >= 0) & _real_examples(batch)[:, None]
     return safe.astype(np.float32), keep, {"label": classes}
