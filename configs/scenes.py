@@ -1,7 +1,7 @@
 """Built-in scenes: a small network that learns in minutes on a laptop; what `make demo` runs.
 
 python -m salcl_jax.main --config=configs/scenes.py --workdir=DIR
-variants: smoke (a few steps), byol (no guidance)
+variants: smoke (a few steps), byol (no guidance), clutter (small objects in clutter, where guidance wins)
 """
 
 from salcl_jax import config as lib
@@ -39,14 +39,31 @@ def get_config(variant: str = "") -> lib.ConfigDict:
     c.tasks.semi.train = lib.source("scenes", split="train")
     c.tasks.semi.train.scenes.num_train = 200
     c.tasks.localization.test = lib.source("scenes", split="validation")
-    return lib.apply_variants(c, variant, {"smoke": _smoke, "byol": lib.plain_byol})
+    return lib.apply_variants(c, variant, {"smoke": _smoke, "byol": lib.plain_byol, "clutter": _clutter})
 
 
 def _smoke(c: lib.ConfigDict) -> None:
     lib.few_steps(c)
     c.tasks.limit = 32
-    evaluation = [part for task in c.tasks.values() if hasattr(task, "values") for part in task.values()]
-    for source in (c.data.train, *c.eval.values(), *evaluation):
-        if hasattr(source, "scenes"):
-            source.scenes.num_train = 64
-            source.scenes.num_val = 32
+    for source in sources(c):
+        source.scenes.num_train = 64
+        source.scenes.num_val = 32
+
+
+def _clutter(c: lib.ConfigDict) -> None:
+    """The row `zoom` of configs/studies/scenes.py:small,clutter; its table is in RESULTS.md."""
+    for source in sources(c):
+        source.scenes.object_size, source.scenes.clutter = (0.12, 0.25), 1.0
+    c.total_steps = 600
+    c.crops.size = 40
+    c.saliency.stages, c.saliency.size = ("stage1",), 96  # finer than objects
+    c.roi.window, c.roi.min_size, c.roi.count = 0.08, 0.1, 4
+    c.pairs.min_size = 0.05
+    c.pairs.mix.cover = c.pairs.mix.roi_jitter = 0.0
+    c.pairs.mix.zoom = 0.8
+
+
+def sources(c: lib.ConfigDict) -> list[lib.ConfigDict]:
+    """Every source of scenes: training's, the evaluation's and the tasks'."""
+    tasks = [part for task in c.tasks.values() if hasattr(task, "values") for part in task.values()]
+    return [source for source in (c.data.train, *c.eval.values(), *tasks) if hasattr(source, "scenes")]

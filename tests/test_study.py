@@ -83,6 +83,18 @@ def test_dials_of_a_study_combine():
     assert scenes.object_size == (0.12, 0.25) and scenes.clutter == 1.0
 
 
+def test_the_variant_for_clutter_trains_as_the_row_that_its_table_names():
+    plan = study_plan.load(f"{ROOT}/configs/studies/scenes.py:small,clutter")
+    row = study_plan.configuration(plan, Run("zoom", 0)).to_dict()
+    shipped = lib.load_module(str(ROOT / "configs" / "scenes.py")).get_config("clutter").to_dict()
+    aside = {"eval", "tasks", "log", "checkpoint", "resolved"}  # what looks at the run
+    row["data"]["cache"] = shipped["data"]["cache"]
+    row["local"]["size"] = shipped["local"]["size"]  # there are no small crops
+    assert {k: v for k, v in row.items() if k not in aside} == {
+        k: v for k, v in shipped.items() if k not in aside
+    }
+
+
 def test_rows_of_a_study_are_charged_for_no_map_that_nothing_looks_at():
     rows = {
         "map": study_plan.guided({"zoom": 0.5}, **{"pairs.zoom": 3.0}),

@@ -11,6 +11,7 @@ Results: RESULTS.md.
 from salcl_jax import config as lib
 from salcl_jax.study_plan import Change, Study, guided, plain
 
+SCENES = lib.beside(__file__, "../scenes.py")
 FIGURES = {
     "linear/top1": "objects, linear",
     "knn/top1": "objects, k-NN",
@@ -58,7 +59,7 @@ def get_study(variant: str = "") -> Study:
 
 def _config() -> lib.ConfigDict:
     """The demo's recipe without guidance's crops and weights; a row adds what it asks about."""
-    c = lib.beside(__file__, "../scenes.py").get_config()
+    c = SCENES.get_config()
     for way in c.pairs.mix:
         c.pairs.mix[way] = 0.0
     c.total_steps = 600
@@ -179,29 +180,23 @@ def _schedule() -> dict[str, Change]:
     }
 
 
-def _photos(c: lib.ConfigDict) -> list[lib.ConfigDict]:
-    """Every source of scenes in a configuration."""
-    tasks = [part for task in c.tasks.values() if hasattr(task, "values") for part in task.values()]
-    return [source for source in (c.data.train, *c.eval.values(), *tasks) if hasattr(source, "scenes")]
-
-
 def _small(c: lib.ConfigDict) -> None:
-    for source in _photos(c):
+    for source in SCENES.sources(c):
         source.scenes.object_size = (0.12, 0.25)
 
 
 def _large(c: lib.ConfigDict) -> None:
-    for source in _photos(c):
+    for source in SCENES.sources(c):
         source.scenes.object_size = (0.4, 0.7)
 
 
 def _clutter(c: lib.ConfigDict) -> None:
-    for source in _photos(c):
+    for source in SCENES.sources(c):
         source.scenes.clutter = 1.0
 
 
 def _clean(c: lib.ConfigDict) -> None:
-    for source in _photos(c):
+    for source in SCENES.sources(c):
         source.scenes.clutter = 0.0
 
 
