@@ -72,10 +72,10 @@ def figures(looks: list[dict], lines: list[dict]) -> dict:
 
 
 def check(found: dict) -> None:
-    """The promises. A run that is slower at the end may be so only as far as a fixed computation is, too."""
+    """The promises; speed counts beside the fixed computation."""
     assert found["evaluations"] >= 4 and found["compiled"] == 0, found
     assert found["memory"] <= 1.02, found
-    assert max(found["images_per_second"], found["beside"]) >= 0.97, found
+    assert found["beside"] >= 0.97, found
     for name in ("threads", "files"):
         first, last = found[name]
         assert all(after <= before for before, after in zip(first, last, strict=True)), found
@@ -143,14 +143,14 @@ def recorded(**changes):
     return looks, lines + [{"step": i, "eval/pretext/loss": 1.0} for i in range(4)]
 
 
-@pytest.mark.parametrize("changes", [{}, {"memory": 101.0}, {"speed": 80.0, "pace": 1.15}, {"pace": 0.9}])
+@pytest.mark.parametrize("changes", [{}, {"memory": 101.0}, {"speed": 80.0, "pace": 1.15}])
 def test_what_keeps_the_promises(changes):
     check(figures(*recorded(**changes)))
 
 
 @pytest.mark.parametrize(
     "changes",
-    [{"memory": 103.0}, {"speed": 80.0}, {"speed": 80.0, "pace": 1.05}, {"threads": 21}, {"files": 6}],
+    [{"memory": 103.0}, {"speed": 80.0}, {"pace": 0.9}, {"threads": 21}, {"files": 6}],
 )
 def test_what_breaks_them(changes):
     with pytest.raises(AssertionError):

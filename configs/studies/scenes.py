@@ -23,7 +23,7 @@ REGIONS = {
     "": {"roi.source": "saliency"},
     "_true": {"roi.source": "ground_truth"},
     "_random": {"roi.source": "random"},  # of any size
-    "_random_small": {"roi.source": "random", "roi.max_size": 0.3},  # of sizes as the map gives them
+    "_random_small": {"roi.source": "random", "roi.max_size": 0.3},  # small ones
     "_center": {"roi.source": "center"},
 }
 DRAWN = ("saliency.source", "saliency.stages")
