@@ -113,6 +113,9 @@ def _run_here(study: study_plan.Study, run: study_plan.Run, workdir: Path) -> in
         summary = train.train(config, str(place))
         judge = study.judge()
         judge.seed = run.seed
+        base = study_plan.configuration(study, study_plan.Run(study.baseline, run.seed))
+        if study_plan.digest(config) != study_plan.digest(base):
+            judge.tasks.baselines = ()  # the table has one untrained network a seed
         fixed = dict.fromkeys(study.fixed)
         results = evaluate.evaluate(judge, str(place), list(study.tasks), str(judgement(study, place)), fixed)
     except train.Stopped as stop:

@@ -229,6 +229,7 @@ def test_a_study_stops_continues_and_does_nothing_twice(tmp_path):
     evals = [json.loads(p.read_text()) for p in (work / "runs").glob("*/judged-*/eval.json")]
     found = {f"{e['results']['knn']['trained']['knn/top1']:.6f}" for e in evals}
     assert {f"{float(r['knn/top1']):.6f}" for r in rows} == found
+    assert sorted("untrained" in e["results"]["knn"] for e in evals) == [False, True]  # once a seed
     assert "| guided | 1 | 4 |" in out and (work / "check" / "over_flops.png").stat().st_size > 5000
     code, again, err = ended(start(*command, "--report_only"))
     assert code == 0 and again == out and len(folders) >= 2
