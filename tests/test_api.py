@@ -58,7 +58,8 @@ def test_features_are_those_of_the_network(saved, branch):
     expected, _ = build(**c.model).encode(params, stats, x, train=False)
     assert found["pooled"].shape == (11, expected["pooled"].shape[-1])
     for stage in ("stage2", "stage4", "pooled"):
-        np.testing.assert_allclose(found[stage], expected[stage][:, 0], rtol=1e-3, atol=1e-4)
+        wanted = np.asarray(expected[stage][:, 0])  # sums of float32: rounding goes with the largest terms
+        np.testing.assert_allclose(found[stage], wanted, rtol=1e-4, atol=1e-5 * np.abs(wanted).max())
 
 
 def test_saliency_of_images_of_any_size(saved):
