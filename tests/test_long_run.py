@@ -106,7 +106,8 @@ def figures(looks: list[dict], lines: list[dict], alone: int, pairs: list) -> di
     ratios = [old / fresh for old, fresh in pairs]
     return {
         "memory": growth(looks, "memory"),
-        "images_per_second": growth(trained[:alone], "train/images_per_second"), "pace": growth(looks, "pace"),
+        "images_per_second": growth(trained[:alone], "train/images_per_second"),
+        "pace": growth(looks, "pace"),
         "fresh": float(np.median(ratios)), "quartiles": [float(np.quantile(ratios, q)) for q in (0.25, 0.75)],
         "pairs": len(pairs),
         "compiled": sum(compiled), "evaluations": sum("eval/pretext/loss" in line for line in lines),
@@ -188,9 +189,9 @@ def test_hours_change_nothing(tmp_path, photos, fault_table):
     check(found)
     minutes, step = (time.monotonic() - began) / 60, lines[-1]["step"]
     happened = (
-        f"memory x {found['memory']:.3f}, images/s x {found['fresh']:.3f} of a run just begun ({len(pairs)} turns "
-        f"each), x {found['images_per_second']:.3f} of its own start (a fixed computation: time "
-        f"x {found['pace']:.3f}), nothing compiled again"
+        f"memory x {found['memory']:.3f}, images/s x {found['fresh']:.3f} of a run just begun "
+        f"({len(pairs)} turns each), x {found['images_per_second']:.3f} of its own start (a fixed "
+        f"computation: time x {found['pace']:.3f}), nothing compiled again"
     )
     fault_table(fault=f"{minutes:.0f} minutes, {step} steps", happened=happened, lost_steps=0, exit_code=code)
 
