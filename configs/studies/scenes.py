@@ -3,7 +3,8 @@
 python -m salcl_jax.study --study=configs/studies/scenes.py:small,clutter --workdir=DIR --jobs=2
 variants, joined by commas
 dials of the scenes: small and large (objects of 0.12 to 0.25 and 0.4 to 0.7 of the image; else 0.25 to 0.5),
-clutter (heaviest), clean (none), short and long (half and three times the steps)
+clutter (heaviest), clean (none); of the training: fine (crops of 64 px, not 40), short and long (half and
+three times the steps)
 rows, beside zoomed pairs with their controls: plain, pairs, local, maps, regions, weights, schedule
 Results: RESULTS.md.
 """
@@ -32,7 +33,7 @@ DRAWN = ("saliency.source", "saliency.stages")
 def get_study(variant: str = "") -> Study:
     """Plain crops, zoomed pairs and their controls, and the rows of the groups that the variant names."""
     dials = {"small": _small, "large": _large, "clutter": _clutter, "clean": _clean, "short": _short,
-             "long": _long}  # fmt: skip
+             "long": _long, "fine": _fine}  # fmt: skip
     groups = {"plain": _plain, "pairs": _pairs, "local": _local, "maps": _maps, "regions": _regions,
               "weights": _weights, "schedule": _schedule}  # fmt: skip
     named = variant.split(",") if variant else []
@@ -206,3 +207,7 @@ def _short(c: lib.ConfigDict) -> None:
 
 def _long(c: lib.ConfigDict) -> None:
     c.total_steps = 1800
+
+
+def _fine(c: lib.ConfigDict) -> None:
+    c.crops.size = 64
