@@ -128,7 +128,10 @@ def _weights() -> dict[str, Change]:
     """Pairs weighted by the saliency inside their crops: of plain crops, and of zoomed pairs."""
     modes = ("geometric", "product", "minimum")
     rows = {f"plain_{mode}": guided(**{"weights.mode": mode}) for mode in modes}
-    return rows | {"zoom_geometric": guided({"zoom": 0.8}, **{"weights.mode": "geometric"})}
+    return rows | {
+        "zoom_geometric": guided({"zoom": 0.8}, **{"weights.mode": "geometric"}),
+        "cover_geometric": guided({"cover": 0.5}, **{"weights.mode": "geometric"}),  # what ships
+    }
 
 
 def _maps() -> dict[str, Change]:
