@@ -5,7 +5,8 @@ The folder SALCL_DATA (an environment variable; 'data' if not set) holds imagene
 coco_scenes/ and voc_scenes/ (images, annotations_train.json, annotations_val.json, instances or masks) and
 bsds_scenes/ (images, index.csv).
 variants: resnet50 (224 px, for an accelerator), full (all protocols, and the curves with few labels), voc
-and bsds (localisation on their photos instead of coco's)
+and bsds (localisation on their photos instead of coco's), objects (linear and knn tell the annotated objects
+of coco's photos apart, not the photos of imagenette)
 Networks of two_cores runs: see Results in README.md. resnet50: not yet run.
 """
 
@@ -31,7 +32,7 @@ def get_config(variant: str = "") -> lib.ConfigDict:
         c.tasks[task].train = _scenes(data, "train")
         c.tasks[task].test = _scenes(data, "val")
     c.tasks.localization.test = _scenes("coco", "val")
-    known = {"resnet50": lambda c: None, "full": _full, "voc": _voc, "bsds": _bsds}
+    known = {"resnet50": lambda c: None, "full": _full, "voc": _voc, "bsds": _bsds, "objects": _objects}
     return lib.apply_variants(c, variant, known)
 
 
@@ -58,3 +59,10 @@ def _bsds(c: lib.ConfigDict) -> None:
     c.tasks.localization.test = lib.source(
         "folder", roots=(f"{folder}/images",), regions=f"{folder}/index.csv", split="val"
     )
+
+
+def _objects(c: lib.ConfigDict) -> None:
+    """Half of coco's objects are smaller than a tenth of the side: their pixels are kept."""
+    c.data.canvas = 320
+    c.tasks.classify.on = "object"
+    c.tasks.classify.train, c.tasks.classify.test = _scenes("coco", "train"), _scenes("coco", "val")

@@ -2,6 +2,7 @@
 
 SALCL_DATA=DIR python -m salcl_jax.study --study=configs/studies/photos.py --workdir=DIR --jobs=2
 The folder SALCL_DATA is that of configs/judge.py. Variants, joined by commas: long (five times the steps);
+objects (the same networks, judged by COCO's annotated objects instead of whole photos);
 rows, beside zoomed pairs with their controls: plain (BYOL's own crop scale and learning rate), pairs, local
 (extra small crops), weights, maps (source of the map)
 Results: RESULTS.md.
@@ -19,6 +20,7 @@ FIGURES = {
     "segmentation/miou": "VOC mIoU",
     "localization/corloc": "CorLoc",
 }
+OBJECTS = {"linear/top1": "objects, linear", "knn/top1": "objects, k-NN"}
 REGIONS = {"": "saliency", "_true": "ground_truth", "_random": "random", "_center": "center"}
 # Rows without a map that are also given the operations of a guided one, as further steps.
 MATCHED = (("byol", "zoom"), ("byol", "local"), ("local_random", "local"))
@@ -31,15 +33,16 @@ def get_study(variant: str = "") -> Study:
     rows = {"byol": lib.plain_byol} | _core()
     for name in named:
         rows |= groups[name]() if name in groups else {}
-    turned = ",".join(name for name in named if name not in groups)
+    turned = ",".join(name for name in named if name not in groups and name != "objects")
+    objects = "objects" in named
     return Study(
         question=f"Scene photos{f', {variant}' if variant else ''}: what does guidance add to plain crops?",
         config=lambda: lib.apply_variants(_config(), turned, {"long": _long}),
         rows=rows,
         baseline="byol",
-        judge=_judge,
-        tasks=("linear", "knn", "multilabel", "segmentation", "localization"),
-        figures=FIGURES,
+        judge=_judge_objects if objects else _judge,
+        tasks=("linear", "knn") if objects else ("linear", "knn", "multilabel", "segmentation", "localization"),
+        figures=OBJECTS if objects else FIGURES,
         matched={f"{own}_as_{row}": (own, row) for own, row in MATCHED if row in rows and own in rows},
         fixed=() if "maps" in named else ("saliency.source", "saliency.stages"),
     )
@@ -78,6 +81,13 @@ def _judge() -> lib.ConfigDict:
     c.tasks.baselines = ()
     c.tasks.localization.gallery = 0
     c.tasks.jobs = 1
+    return c
+
+
+def _judge_objects() -> lib.ConfigDict:
+    c = lib.beside(__file__, "../judge.py").get_config("objects")
+    c.tasks.linear.protocol = "lbfgs"
+    c.tasks.baselines = ("untrained",)
     return c
 
 
