@@ -140,6 +140,7 @@ def _weights() -> dict[str, Change]:
     rows = {f"plain_{mode}": guided(**{"weights.mode": mode}) for mode in modes}
     return rows | {
         "zoom_geometric": guided({"zoom": 0.8}, **{"weights.mode": "geometric"}),
+        "zoom_sharp": guided({"zoom": 0.8}, **{"weights.mode": "geometric", "weights.temperature": 0.5}),
         "cover_geometric": guided({"cover": 0.5}, **{"weights.mode": "geometric"}),  # what ships
     }
 
