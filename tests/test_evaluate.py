@@ -245,3 +245,16 @@ def test_real_photos(photos, workdir, tmp_path):
         assert done.returncode == 0, done.stderr[-3000:]
     figures = json.loads((tmp_path / "eval.json").read_text())["results"]["localization"]["trained"]
     assert np.isfinite(figures["localization/mask_ap"])
+
+
+@pytest.mark.slow
+def test_objects_of_real_photos(photos, workdir, tmp_path):
+    fields = {"eval.size": 48, "tasks.limit": 60, "tasks.linear.protocol": "lbfgs", "tasks.cache": "none"}
+    done = start("--config=configs/judge.py:objects", f"--checkpoint={workdir}", f"--out={tmp_path}",
+                 "--task=linear,knn", *(f"--config.{name}={value}" for name, value in fields.items()),
+                 SALCL_DATA=str(photos))  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    report = json.loads((tmp_path / "eval.json").read_text())
+    assert all("objects in their boxes" in report["about"][task]["view"] for task in ("linear", "knn"))
+    # 80 classes, of which most objects are persons
+    assert 0.1 < report["results"]["knn"]["trained"]["knn/top1"] < 0.9
