@@ -34,15 +34,16 @@ def get_study(variant: str = "") -> Study:
     for name in named:
         rows |= groups[name]() if name in groups else {}
     turned = ",".join(name for name in named if name not in groups and name != "objects")
-    objects = "objects" in named
+    tasks = ("linear", "knn", "multilabel", "segmentation", "localization")
+    judged = {"judge": _judge, "tasks": tasks, "figures": FIGURES}
+    if "objects" in named:
+        judged = {"judge": _judge_objects, "tasks": ("linear", "knn"), "figures": OBJECTS}
     return Study(
         question=f"Scene photos{f', {variant}' if variant else ''}: what does guidance add to plain crops?",
         config=lambda: lib.apply_variants(_config(), turned, {"long": _long}),
         rows=rows,
         baseline="byol",
-        judge=_judge_objects if objects else _judge,
-        tasks=("linear", "knn") if objects else ("linear", "knn", "multilabel", "segmentation", "localization"),
-        figures=OBJECTS if objects else FIGURES,
+        **judged,
         matched={f"{own}_as_{row}": (own, row) for own, row in MATCHED if row in rows and own in rows},
         fixed=() if "maps" in named else ("saliency.source", "saliency.stages"),
     )
