@@ -2,8 +2,8 @@
 
 python -m salcl_jax.main --config=configs/folder.py --workdir=DIR \
     --config.data.train.roots="('/photos/a','/photos/b')"
-Pairs and weights: of the guided rows of photos the first, within the error, and no better than plain crops
-with as many FLOPs (RESULTS.md, "Photos: three seeds").
+Pairs and weights: the first of the studied rows that use a map, within the error, and no better than plain
+crops with as many FLOPs (RESULTS.md, "Photos: three seeds").
 variants: resnet50 (224 px, for an accelerator), byol (no guidance), smoke (a few steps)
 """
 

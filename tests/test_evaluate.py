@@ -256,5 +256,5 @@ def test_objects_of_real_photos(photos, workdir, tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     report = json.loads((tmp_path / "eval.json").read_text())
     assert all("objects in their boxes" in report["about"][task]["view"] for task in ("linear", "knn"))
-    # 80 classes, of which most objects are persons
+    # 80 classes; four in ten objects are persons
     assert 0.1 < report["results"]["knn"]["trained"]["knn/top1"] < 0.9

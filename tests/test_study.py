@@ -95,6 +95,26 @@ def test_the_variant_for_clutter_trains_as_the_row_that_its_table_names():
     }
 
 
+def test_the_row_of_photos_named_as_what_ships_has_its_pairs_and_weights():
+    plan = study_plan.load(f"{ROOT}/configs/studies/photos.py:weights")
+    row = study_plan.configuration(plan, Run("cover_geometric", 0))
+    shipped = lib.load_module(str(ROOT / "configs" / "folder.py")).get_config()
+    assert row.weights.to_dict() == shipped.weights.to_dict()
+    assert row.pairs.mix.to_dict() == shipped.pairs.mix.to_dict()
+    for name in ("source", "stages", "branch", "size"):
+        assert row.saliency[name] == shipped.saliency[name]
+
+
+def test_objects_judges_the_same_networks_by_their_objects():
+    photos, objects = (study_plan.load(f"{ROOT}/configs/studies/photos.py{end}") for end in ("", ":objects"))
+    assert list(photos.rows) == list(objects.rows)
+    for name in photos.rows:
+        one, other = (study_plan.digest(study_plan.configuration(s, Run(name, 0))) for s in (photos, objects))
+        assert one == other
+    assert (photos.judge().tasks.classify.on, objects.judge().tasks.classify.on) == ("image", "object")
+    assert study_plan.judge_digest(photos) != study_plan.judge_digest(objects)
+
+
 def test_rows_of_a_study_are_charged_for_no_map_that_nothing_looks_at():
     rows = {
         "map": study_plan.guided({"zoom": 0.5}, **{"pairs.zoom": 3.0}),

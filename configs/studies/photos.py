@@ -86,6 +86,7 @@ def _judge() -> lib.ConfigDict:
 
 
 def _judge_objects() -> lib.ConfigDict:
+    """Objects inside the photos, by logistic regression and k-NN."""
     c = lib.beside(__file__, "../judge.py").get_config("objects")
     c.tasks.linear.protocol = "lbfgs"
     c.tasks.baselines = ("untrained",)
@@ -142,7 +143,7 @@ def _weights() -> dict[str, Change]:
     return rows | {
         "zoom_geometric": guided({"zoom": 0.8}, **{"weights.mode": "geometric"}),
         "zoom_sharp": guided({"zoom": 0.8}, **{"weights.mode": "geometric", "weights.temperature": 0.5}),
-        "cover_geometric": guided({"cover": 0.5}, **{"weights.mode": "geometric"}),  # what ships
+        "cover_geometric": guided({"cover": 0.5}, **{"weights.mode": "geometric"}),  # the pairs and weights that ship
     }
 
 
