@@ -143,7 +143,7 @@ def _weights() -> dict[str, Change]:
     return rows | {
         "zoom_geometric": guided({"zoom": 0.8}, **{"weights.mode": "geometric"}),
         "zoom_sharp": guided({"zoom": 0.8}, **{"weights.mode": "geometric", "weights.temperature": 0.5}),
-        "cover_geometric": guided({"cover": 0.5}, **{"weights.mode": "geometric"}),  # the pairs and weights that ship
+        "cover_geometric": guided({"cover": 0.5}, **{"weights.mode": "geometric"}),  # as ships
     }
 
 
