@@ -18,7 +18,7 @@ def source(kind: str = "none", **fields) -> ConfigDict:
     c.where = ""  # folder: 'column=value[,column=value]' keeps those rows of the `labels` file
     c.list = ""  # folder: text file with the names of the photos to keep, each with a class number or none
     c.masks = ""  # folder: folder of PNG label maps with the photos' names; 0 background, 255 unknown
-    c.regions = ""  # folder: CSV of human segmentations (BSDS); enclosed regions become objects
+    c.regions = ""  # folder: CSV of segmentations (BSDS): enclosed regions become objects; joins annotations
     c.label_from_folder = False  # folder: the parent folder's name is the class
     c.path = ""  # arrays: .npz, or a folder of .npy files, with `image` and optional label, boxes, classes
     c.expected = 0  # number of images that must be found; 0 does not check

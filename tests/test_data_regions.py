@@ -1,5 +1,7 @@
 """Objects from human segmentations: a hand-made case, and what the rule gives on real photos."""
 
+import json
+import os
 import pathlib
 
 import numpy as np
@@ -80,12 +82,38 @@ def test_segmentations_of_a_folder(tmp_path):
     assert (batch["classes"] >= 0).sum(1).tolist() == [5, 0] and not batch["difficult"].any()
 
 
+def test_segmentations_join_annotated_photos(tmp_path):
+    """Photos of the JSON, then those of the CSV's split; a region is one more class, without a mask."""
+    spec = write(tmp_path) | {"split": "train", "annotations": str(tmp_path / "notes.json")}
+    notes = {
+        "images": [{"id": 7, "file_name": "1.png", "width": 20, "height": 20}],
+        "categories": [{"id": 3, "name": "dog"}, {"id": 5, "name": "cat"}],
+        "annotations": [{"image_id": 7, "category_id": 5, "bbox": [5, 10, 5, 10]}],
+    }
+    (tmp_path / "notes.json").write_text(json.dumps(notes))
+    source = sources.open_source(spec)
+    assert [os.path.basename(source.place(i)) for i in range(len(source))] == ["1.png", "0.png", "2.png"]
+    assert source.class_names == ("dog", "cat", "region") and source.has_boxes and not source.has_masks
+    annotated, _, cut = (source.read(i) for i in range(3))
+    np.testing.assert_allclose(annotated["boxes"], [[0.5, 0.25, 1, 0.5]])
+    assert annotated["classes"].tolist() == [1] and "mask" not in annotated
+    np.testing.assert_allclose(cut["boxes"], BOXES, atol=1e-6)
+    assert (cut["classes"] == 2).all() and len(cut["difficult"]) == len(BOXES) and "mask" not in cut
+    before = source.digest()
+    (tmp_path / "cuts/2_0.png").write_bytes(b"other cut")
+    assert sources.open_source(spec).digest() != before
+    notes["images"][0]["file_name"] = "0.png"
+    (tmp_path / "notes.json").write_text(json.dumps(notes))
+    with pytest.raises(ValueError, match=r"notes.json and .*index.csv: .*0.png is in more than one"):
+        sources.open_source(spec)
+
+
 def test_faults_of_segmentations(tmp_path):
     spec = write(tmp_path)
     with pytest.raises(ValueError, match="no row with split=test; split has train, val"):
         sources.open_source(spec | {"split": "test"})
-    with pytest.raises(ValueError, match="give annotations or regions, not both"):
-        sources.open_source(spec | {"annotations": "notes.json"})
+    with pytest.raises(ValueError, match="give labels or regions, not both"):
+        sources.open_source(spec | {"labels": "labels.csv"})
     for text, message in (
         ("file,label\nphotos/0.png,1", "no column segment_files"),
         ("file,segment_files\nphotos/0.png,", "photos/0.png has no segment_files"),

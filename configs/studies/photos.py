@@ -1,4 +1,4 @@
-"""Scene photos (COCO and VOC, train splits): what does guidance add to plain crops, beside its controls?
+"""Scene photos of COCO, VOC and BSDS (train): what does guidance add to plain crops, beside its controls?
 
 SALCL_DATA=DIR python -m salcl_jax.study --study=configs/studies/photos.py --workdir=DIR --jobs=2
 The folder SALCL_DATA is that of configs/judge.py. Variants, joined by commas: long (five times the steps);
@@ -11,6 +11,7 @@ Results: RESULTS.md.
 from salcl_jax import config as lib
 from salcl_jax.study_plan import Change, Study, guided, plain
 
+JUDGE = lib.beside(__file__, "../judge.py")
 FIGURES = {
     "linear/top1": "linear",
     "linear/fold_10pct/top1": "10 %",
@@ -53,22 +54,30 @@ def _config() -> lib.ConfigDict:
     """The small recipe without guidance's crops and weights; a row adds what it asks about."""
     c = lib.base()
     lib.small(c)
-    root = lib.beside(__file__, "../judge.py").ROOT
-    folders = tuple(f"{root}/{name}_scenes" for name in ("coco", "voc"))
     c.data.train = lib.source(
-        "folder", roots=tuple(f"{folder}/images" for folder in folders),
-        annotations=",".join(f"{folder}/annotations_train.json" for folder in folders),
+        "folder", roots=_folders("coco", "voc", "bsds"), annotations=_annotations("train"),
+        regions=f"{JUDGE.ROOT}/bsds_scenes/index.csv", split="train",
     )  # fmt: skip
     c.data.canvas = 192  # small objects keep their pixels
     c.data.cache = "canvas"  # 0.4 GB
-    c.total_epochs, c.total_steps = 0, 1064  # 20 passes over 3,402 photos
+    c.total_epochs, c.total_steps = 0, 1125  # 20 passes over 3,602 photos
     c.crops.size, c.local.size, c.local.area = 40, 36, (0.05, 0.25)  # smaller maps are slow on CPUs
     c.roi.min_size, c.roi.count = 0.1, 6
     c.pairs.min_size = 0.05
     c.pairs.mix.cover = 0.0
     c.weights.mode = "none"
-    c.eval.every, c.log.panels = 0.0, 0.0
+    judge = _judge().tasks.classify
+    c.eval.probe_train, c.eval.probe_test = judge.train, judge.test  # k-NN: the curves of the report
+    c.eval.every, c.eval.limit, c.eval.linear, c.log.panels = 0.2, 1000, False, 0.0
     return c
+
+
+def _folders(*names: str) -> tuple[str, ...]:
+    return tuple(f"{JUDGE.ROOT}/{name}_scenes/images" for name in names)
+
+
+def _annotations(split: str) -> str:
+    return ",".join(f"{JUDGE.ROOT}/{name}_scenes/annotations_{split}.json" for name in ("coco", "voc"))
 
 
 def _long(c: lib.ConfigDict) -> None:
@@ -77,9 +86,12 @@ def _long(c: lib.ConfigDict) -> None:
 
 def _judge() -> lib.ConfigDict:
     """Every protocol chooses on the train side; all rows are judged by one kind of map, but in `maps`."""
-    c = lib.beside(__file__, "../judge.py").get_config()
+    c = JUDGE.get_config()
     c.tasks.linear.protocol, c.tasks.linear.subsets = "lbfgs", ("fold_1pct=0..4", "fold_10pct=0..4")
     c.tasks.baselines = ()
+    c.tasks.localization.test = lib.source(
+        "folder", roots=_folders("coco", "voc"), annotations=_annotations("val")
+    )
     c.tasks.localization.gallery = 0
     c.tasks.jobs = 1
     return c
@@ -87,7 +99,7 @@ def _judge() -> lib.ConfigDict:
 
 def _judge_objects() -> lib.ConfigDict:
     """Objects inside the photos, by logistic regression and k-NN."""
-    c = lib.beside(__file__, "../judge.py").get_config("objects")
+    c = JUDGE.get_config("objects")
     c.tasks.linear.protocol = "lbfgs"
     c.tasks.baselines = ("untrained",)
     return c

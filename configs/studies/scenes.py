@@ -69,7 +69,7 @@ def _config() -> lib.ConfigDict:
     c.pairs.min_size = 0.05
     c.saliency.stages, c.saliency.size = ("stage1",), 96
     c.roi.window, c.roi.min_size, c.roi.count = 0.08, 0.1, 4
-    c.eval.every, c.eval.linear, c.log.panels = 0.0, False, 0.0
+    c.eval.every, c.eval.linear, c.log.panels = 0.2, False, 0.0  # k-NN: the curves of the report
     c.tasks.linear.protocol, c.tasks.localization.gallery = "lbfgs", 0
     c.tasks.baselines = ("untrained",)
     return c

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from salcl_jax.data.files import locate, read_text
-from salcl_jax.data.tables import Table
+from salcl_jax.data.tables import Table, join
 
 _PIXELS = 1e9  # no photo is larger, and no box lies further out
 _GIVE = "give COCO-style JSON of objects with boxes"
@@ -48,22 +48,7 @@ def read(paths: str, roots: tuple[str, ...], files: list[str]) -> Table:
 
     Of several files, comma-separated, classes with the same name are one.
     """
-    tables = [_read_one(path.strip(), roots, files) for path in paths.split(",")]
-    if len(tables) == 1:
-        return tables[0]
-    names = tuple(dict.fromkeys(name for table in tables for name in table.class_names))
-    number = {name: i for i, name in enumerate(names)}
-    found: list[str] = []
-    columns: dict[str, list] = {key: [] for key in tables[0].columns}
-    for table in tables:
-        if twice := set(found) & set(table.files):
-            raise ValueError(f"{paths}: {min(twice)} is in more than one of these files")
-        found += table.files
-        new = np.array([number[name] for name in table.class_names], np.int32)
-        table.columns["classes"] = [new[kinds] for kinds in table.columns["classes"]]
-        for key, column in table.columns.items():
-            columns[key] += column
-    return Table(found, columns, names)
+    return join([_read_one(path.strip(), roots, files) for path in paths.split(",")], paths)
 
 
 def _read_one(path: str, roots: tuple[str, ...], files: list[str]) -> Table:

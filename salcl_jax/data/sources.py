@@ -59,7 +59,8 @@ def open_source(spec: Mapping[str, Any]) -> Source:
     - kind: 'tfds' | 'folder' | 'arrays' | 'scenes'; expected: number of examples, 0 = any.
     - tfds: name, split, data_dir. scenes: scenes (the dials), split, data_dir.
     - arrays: path (.npz or folder of .npy files, see arrays.py).
-    - folder: roots (one or several), and one at most of the four that follow.
+    - folder: roots (one or several), and one at most of the four that follow, or annotations and regions:
+      the photos of both.
     - annotations: COCO-style JSON with boxes, and difficult or ignore where an object is.
     - labels: CSV with columns file, label, maybe name.
     - regions: CSV with columns file, segment_files: human segmentations (see regions.py).
@@ -155,8 +156,8 @@ def _folder(spec: Mapping[str, Any]) -> Source:
     def read(i: int) -> dict[str, Any]:
         example = {"encoded": files.read_file(paths[i], files.PHOTO_BYTES)}
         example |= {key: column[i] for key, column in columns.items()}
-        if "segments" in example:
-            example |= regions.read(example.pop("segments"))
+        if segments := example.pop("segments", ()):
+            example |= _enclosed(segments, names)
         if maps[i] is not None:
             example |= masks.read(maps[i])
         return example
@@ -171,7 +172,8 @@ def _folder(spec: Mapping[str, Any]) -> Source:
             yield from _column(key, column, os.path.dirname(os.fspath(spec.get("regions") or "")))
 
     has_regions = "segments" in columns
-    has = "label" in columns, "boxes" in columns or has_regions, bool(folder) or has_regions
+    has_boxes = "boxes" in columns or has_regions
+    has = "label" in columns, has_boxes, bool(folder) or (has_regions and "boxes" not in columns)
     digest = functools.cache(lambda: files.digest(parts()))
     return Source("+".join(roots), "folder", names, len(paths), read, *has, digest, paths.__getitem__)
 
@@ -179,10 +181,10 @@ def _folder(spec: Mapping[str, Any]) -> Source:
 def _table(spec: Mapping[str, Any], roots: tuple[str, ...], folder: str) -> tables.Table:
     """The photos below the roots, restricted and described by the one file given, if any."""
     given = [key for key in ("annotations", "labels", "regions") if spec.get(key)]
-    if len(given) > 1:
+    if len(given) > 1 and "labels" in given:
         raise ValueError(f"folder data: give {' or '.join(given)}, not both")
     where = tables.parse_where(spec.get("where") or "")
-    if where and given not in (["labels"], ["regions"]):
+    if where and given in ([], ["annotations"]):
         raise ValueError("folder data: data.where chooses rows of a CSV file; set data.labels to it")
     where += [("split", str(spec["split"]))] if spec.get("split") else []
     paths = list(dict.fromkeys(path for root in roots for path in files.list_images(root)))
@@ -192,11 +194,22 @@ def _table(spec: Mapping[str, Any], roots: tuple[str, ...], folder: str) -> tabl
         paths = [path for path in paths if path not in maps]
     if not given:
         return tables.folder_labels(paths) if spec.get("label_from_folder") else tables.Table(paths, {})
-    path = os.fspath(spec[given[0]])
-    if given == ["annotations"]:
-        return coco.read(path, roots, paths)
-    read = tables.labels if given == ["labels"] else tables.segmentations
-    return read(path, roots, paths, where)
+    read = {
+        "annotations": coco.read,
+        "labels": functools.partial(tables.labels, where=where),
+        "regions": functools.partial(tables.segmentations, where=where),
+    }
+    found = [read[key](os.fspath(spec[key]), roots, paths) for key in given]
+    return found[0] if len(found) == 1 else tables.join(found, " and ".join(spec[key] for key in given))
+
+
+def _enclosed(segments: tuple[str, ...], names: tuple[str, ...]) -> dict[str, Any]:
+    """Objects of human segmentations; beside annotated ones they are one more class, and have no mask."""
+    found = regions.read(segments)
+    if names != (tables.REGION,):
+        found["classes"] += names.index(tables.REGION)
+        found.pop("mask", None)
+    return found
 
 
 def _column(key: str, column: list, home: str):

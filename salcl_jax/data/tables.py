@@ -3,12 +3,23 @@
 import csv
 import os
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from salcl_jax.data.files import escapes, locate, read_text, stats
 
+REGION = "region"  # the one class of objects of human segmentations
 _SHOWN = 12  # values a message lists
 _CLASSES = 1_000_000  # a larger number is no class, and the names up to it would fill the memory
+
+
+_NOTHING: dict[str, Any] = {  # what a photo without objects has in each column of them
+    "boxes": np.zeros((0, 4), np.float32),
+    "classes": np.zeros(0, np.int32),
+    "difficult": np.zeros(0, bool),
+    "segments": (),
+}
 
 
 class Table(NamedTuple):
@@ -17,6 +28,28 @@ class Table(NamedTuple):
     files: list[str]
     columns: dict[str, list]
     class_names: tuple[str, ...] = ()
+
+
+def join(tables: Sequence[Table], origin: str) -> Table:
+    """The photos of several tables of objects; classes with the same name are one.
+
+    A photo has nothing in a column that its own table lacks. origin: begins the line of the ValueError
+    that is raised for a photo of two tables.
+    """
+    names = tuple(dict.fromkeys(name for table in tables for name in table.class_names))
+    found: list[str] = []
+    columns: dict[str, list] = {key: [] for table in tables for key in table.columns}
+    for table in tables:
+        if twice := set(found) & set(table.files):
+            raise ValueError(f"{origin}: {min(twice)} is in more than one of these files")
+        found += table.files
+        new = np.array([names.index(name) for name in table.class_names], np.int32)
+        own = dict(table.columns)
+        if "classes" in own:
+            own["classes"] = [new[kinds] for kinds in own["classes"]]
+        for key, column in columns.items():
+            column += own.get(key, [_NOTHING[key]] * len(table.files))
+    return Table(found, columns, names)
 
 
 def numbered_names(numbers: Sequence[int], where: str) -> tuple[str, ...]:
@@ -72,7 +105,7 @@ def segmentations(
         raise ValueError(f"{path}: segment file {out} is not below {home or '.'}; name files below it")
     if stats(maps[0][:1]) == [(-1, -1)]:  # of the others, files that are missing are passed over
         raise FileNotFoundError(f"{path}: {maps[0][0]} of {rows[0]['file']}: no such file; check its folder")
-    return Table(found, {"segments": maps}, ("region",))
+    return Table(found, {"segments": maps}, (REGION,))
 
 
 def parse_where(text: str) -> list[tuple[str, str]]:
