@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from scipy import stats
 
 from salcl_jax import config as lib
 from salcl_jax import config_record, study_plan, study_report
+from salcl_jax.data import sources
 from salcl_jax.study_plan import Run, Study
 
 ROOT = Path(__file__).parents[1]
@@ -113,6 +115,27 @@ def test_objects_judges_the_same_networks_by_their_objects():
         assert one == other
     assert (photos.judge().tasks.classify.on, objects.judge().tasks.classify.on) == ("image", "object")
     assert study_plan.judge_digest(photos) != study_plan.judge_digest(objects)
+
+
+@pytest.mark.parametrize("name", ["photos", "scenes"])
+def test_runs_of_a_study_have_the_curve_that_its_report_draws(name):
+    plan = study_plan.load(f"{ROOT}/configs/studies/{name}.py")
+    c = study_plan.configuration(plan, Run(plan.baseline, 0))
+    assert 0 < c.eval.every <= 0.5 and plan.curve == "eval/knn/top1"
+    assert c.eval.probe_train.kind != "none" and c.eval.probe_test.kind != "none"
+
+
+def test_photos_to_train_on_are_those_of_three_folders_and_none_that_judge(photos, monkeypatch):
+    monkeypatch.setenv("SALCL_DATA", str(photos))
+    plan = study_plan.load(f"{ROOT}/configs/studies/photos.py")
+    judged = [judge.test for judge in plan.judge().tasks.values() if hasattr(judge, "test")]
+    test = [sources.open_source(source.to_dict()) for source in judged if source.kind != "none"]
+    held_out = {source.place(i) for source in test for i in range(len(source))}
+    source = sources.open_source(plan.config().data.train.to_dict())
+    places = [source.place(i) for i in range(len(source))]
+    found = Counter(Path(place).parents[1].name for place in places)
+    assert found == {"coco_scenes": 2068, "voc_scenes": 1334, "bsds_scenes": 200}
+    assert len(held_out) > 4000 and not held_out & set(places)
 
 
 def test_rows_of_a_study_are_charged_for_no_map_that_nothing_looks_at():
