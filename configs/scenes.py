@@ -51,10 +51,10 @@ def _smoke(c: lib.ConfigDict) -> None:
 
 
 def _clutter(c: lib.ConfigDict) -> None:
-    """The row `zoom` of configs/studies/scenes.py:small,clutter; its table is in RESULTS.md."""
+    """The row `zoom` of configs/studies/scenes.py:small,clutter,long; its table is in RESULTS.md."""
     for source in sources(c):
         source.scenes.object_size, source.scenes.clutter = (0.12, 0.25), 1.0
-    c.total_steps = 600
+    c.total_steps = 1800
     c.crops.size = 40
     c.saliency.stages, c.saliency.size = ("stage1",), 96  # finer than objects
     c.roi.window, c.roi.min_size, c.roi.count = 0.08, 0.1, 4

@@ -86,7 +86,7 @@ def test_dials_of_a_study_combine():
 
 
 def test_the_variant_for_clutter_trains_as_the_row_that_its_table_names():
-    plan = study_plan.load(f"{ROOT}/configs/studies/scenes.py:small,clutter")
+    plan = study_plan.load(f"{ROOT}/configs/studies/scenes.py:small,clutter,long")
     row = study_plan.configuration(plan, Run("zoom", 0)).to_dict()
     shipped = lib.load_module(str(ROOT / "configs" / "scenes.py")).get_config("clutter").to_dict()
     aside = {"eval", "tasks", "log", "checkpoint", "resolved"}  # what looks at the run
