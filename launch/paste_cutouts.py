@@ -43,7 +43,9 @@ def _mirrored(rng: np.random.Generator, image: Image.Image) -> Image.Image:
     return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if rng.random() < 0.5 else image
 
 
-def varied(rng: np.random.Generator, cutout: Image.Image, sizes: tuple[float, float]) -> tuple:
+def varied(
+    rng: np.random.Generator, cutout: Image.Image, sizes: tuple[float, float]
+) -> tuple[Image.Image, float]:
     """A cut-out mirrored, turned, trimmed and scaled; its longest side in pixels, drawn between `sizes`."""
     found = _mirrored(rng, cutout).rotate(rng.uniform(-TURN, TURN), Image.Resampling.BICUBIC, expand=True)
     found = found.crop(found.getchannel("A").getbbox())
@@ -57,7 +59,7 @@ def scene(rng: np.random.Generator, cutouts: list[list[Image.Image]], photos: li
           sizes: tuple[float, float]) -> tuple[Image.Image, list[tuple[int, list[int]]]]:  # fmt: skip
     """A scene, and (class, [x, y, width, height]) of each object that can be seen."""
     image, owner = ground(rng, photos, side), np.zeros((side, side), np.uint8)
-    kinds, areas, places = [], [], []
+    kinds, areas, places = [], [], []  # places: middle and longest side, in pixels
     for number in range(1, int(rng.integers(1, MOST + 1)) + 1):
         kind = int(rng.integers(len(cutouts)))
         kind = kinds[0] if kinds and rng.random() < REPEAT else kind
@@ -79,7 +81,8 @@ def scene(rng: np.random.Generator, cutouts: list[list[Image.Image]], photos: li
     return image, found
 
 
-def _place(rng: np.random.Generator, cutout: Image.Image, size: float, places: list, side: int) -> tuple:
+def _place(rng: np.random.Generator, cutout: Image.Image, size: float,
+           places: list[tuple[float, float, float]], side: int) -> tuple[int, int]:  # fmt: skip
     """A corner for the cut-out, away from the other objects where eight tries find one."""
     for _ in range(8):
         x, y = int(rng.integers(side - cutout.width + 1)), int(rng.integers(side - cutout.height + 1))
@@ -118,6 +121,9 @@ def main() -> None:
     parser.add_argument("--smallest", type=float, default=0.12, metavar="SHARE", help="of a scene's side")
     parser.add_argument("--largest", type=float, default=0.25, metavar="SHARE")
     args = parser.parse_args()
+    if not 0 < args.smallest <= args.largest <= 0.5:
+        given = f"--smallest={args.smallest} --largest={args.largest}"
+        raise SystemExit(f"error: {given}: give 0 < smallest <= largest <= 0.5")
     if args.out.exists():
         raise SystemExit(f"error: {args.out} exists already; name another --out or delete it")
     cutouts = read_cutouts(args.cutouts, args.label)
@@ -130,4 +136,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except OSError as error:  # a file that is not there, or no image
+        raise SystemExit(f"error: {error}") from error

@@ -78,6 +78,12 @@ def test_the_same_scenes_again(folder):
 def test_what_is_missing_is_named(folder):
     done = paste(folder, "--label=kind")
     assert done.returncode == 1 and "columns file and kind; see --label" in done.stderr
+    done = paste(folder, "--smallest=0.3")
+    assert done.returncode == 1 and "--smallest=0.3 --largest=0.25" in done.stderr
+    (folder / "red.png").rename(folder / "other.png")
+    done = paste(folder)
+    assert done.returncode == 1 and "red.png" in done.stderr and "Traceback" not in done.stderr
+    (folder / "other.png").rename(folder / "red.png")
     (folder / "grounds/grey.png").unlink()
     done = paste(folder)
     assert done.returncode == 1 and "holds no .jpg or .png" in done.stderr and "Traceback" not in done.stderr

@@ -66,6 +66,7 @@ def row(name: str, seed: int, **figures: float) -> dict:
 
 
 GROUPS = {"scenes": ":small,clutter,plain,pairs,local,maps,regions,weights,schedule",
+          "cutouts": ":long,plain,pairs,local,maps,regions,weights,schedule",
           "photos": ":long,plain,pairs,local,weights,maps"}  # fmt: skip
 
 
@@ -117,7 +118,7 @@ def test_objects_judges_the_same_networks_by_their_objects():
     assert study_plan.judge_digest(photos) != study_plan.judge_digest(objects)
 
 
-@pytest.mark.parametrize("name", ["photos", "scenes"])
+@pytest.mark.parametrize("name", ["photos", "scenes", "cutouts"])
 def test_runs_of_a_study_have_the_curve_that_its_report_draws(name):
     plan = study_plan.load(f"{ROOT}/configs/studies/{name}.py")
     c = study_plan.configuration(plan, Run(plan.baseline, 0))

@@ -133,6 +133,7 @@ def _maps() -> dict[str, Change]:
         "activation4": drawn("activation", "stage4"),
         "activation12": drawn("activation", "stage1", "stage2"),
         "activation23": drawn("activation", "stage2", "stage3"),
+        "border2": drawn("border", "stage2"),
         "border3": drawn("border", "stage3"),
         "similarity4": drawn("similarity", "stage4"),
         "contrast4": drawn("contrast", "stage4"),
