@@ -111,3 +111,14 @@ def test_photos_stay_on_their_devices(measure):
     here = sharding.data_sharded(mesh)
     photos = jax.ShapeDtypeStruct((2 * mesh.size, 6, 6, 8), jnp.float32, sharding=here)
     assert hlo.collectives(jax.jit(measure, out_shardings=here).lower(photos).compile().as_text()) == []
+
+
+@pytest.mark.parametrize("k", [1, 3, 8])
+def test_mean_of_the_largest_against_a_sort(k):
+    x = np.random.default_rng(0).uniform(-1, 1, size=(50, 8)).astype(np.float32)
+    x[:10] = np.round(x[:10])  # many as large as the k-th
+    x[10] = 0.3
+    largest = np.sort(x, axis=-1)[:, -k:]
+    np.testing.assert_allclose(border._mean_of_largest(jnp.array(x), k), largest.mean(-1), atol=1e-6)
+    gradient = jax.grad(lambda x: border._mean_of_largest(x, k).sum())(jnp.array(x[11:]))
+    np.testing.assert_allclose(gradient, (x[11:] >= largest[11:, :1]) / k, atol=1e-6)
