@@ -79,6 +79,7 @@ def base() -> ConfigDict:
     c.saliency.stages = ("stage4",)  # stages fused into the map; a finer one adds detail
     c.saliency.fuse = "product"  # product | mean
     c.saliency.statistic = "sum"  # activation: sum | norm over channels
+    c.saliency.clip = 0.0  # border: what a step is shortened by, in the photo's mean smallest steps
 
     c.roi = ConfigDict()  # regions of interest
     c.roi.source = "saliency"  # none | saliency | random | center | ground_truth

@@ -49,7 +49,7 @@ _EACH = {
 _AT_LEAST = {
     "batch_size": 2, "accumulate": 1, "total_epochs": 0, "total_steps": 0, "data.canvas": 16,
     "data.max_boxes": 1, "data.workers": 1, "data.prefetch": 1, "model.width": 1, "crops.size": 16,
-    "saliency.size": 16, "roi.window": 0.01, "roi.extent": 0.01, "roi.temperature": 1e-4,
+    "saliency.size": 16, "saliency.clip": 0, "roi.window": 0.01, "roi.extent": 0.01, "roi.temperature": 1e-4,
     "local.count": 0, "local.size": 16, "loss.temperature": 1e-3, "weights.temperature": 1e-3,
     "weights.floor": 0, "log.every": 1, "eval.batch_size": 1, "pairs.cover_tries": 1, "pairs.zoom": 1,
     "checkpoint.keep": 1, "collapse.patience": 1, "optim.weight_decay": 0, "optim.lr": 0,

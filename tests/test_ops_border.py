@@ -27,7 +27,7 @@ def by_numpy(x):
     return found
 
 
-def by_scipy(x):
+def by_scipy(x, clip=0.0):
     """[h, w]: shortest paths of a graph with one node more, outside."""
     h, w = x.shape[:2]
     out, x = by_numpy(x), x / np.linalg.norm(x, axis=-1, keepdims=True)
@@ -37,6 +37,9 @@ def by_scipy(x):
         for m, b in enumerate(places):
             if n != m and max(abs(a[0] - b[0]), abs(a[1] - b[1])) == 1:
                 lengths[n, m] = np.linalg.norm(x[a] - x[b])
+    free = clip * np.mean(np.min(lengths[:-1], axis=1))
+    lengths = np.maximum(lengths - free, 1e-6)  # 0 would be no edge
+    for n, a in enumerate(places):
         if a[0] in (0, h - 1) or a[1] in (0, w - 1):
             lengths[n, -1] = lengths[-1, n] = out[a]
     return dijkstra(np.where(np.isinf(lengths), 0, lengths), indices=h * w)[:-1].reshape(h, w)
@@ -50,13 +53,27 @@ def test_unlikeness_against_numpy(h, w):
         np.testing.assert_allclose(found[i], by_numpy(x[i]), atol=1e-5)
 
 
+@pytest.mark.parametrize("clip", [0.0, 0.5, 1.2])
 @pytest.mark.parametrize(("h", "w"), [(2, 2), (3, 7), (6, 5)])
-def test_paths_against_scipy(h, w):
+def test_paths_against_scipy(h, w, clip):
     x = features(h, w)
-    found = border.distance(jnp.array(x))
+    found = border.distance(jnp.array(x), clip)
     for i in range(2):
-        np.testing.assert_allclose(found[i], by_scipy(x[i]), atol=2e-3)  # a step is short by up to 1e-3
-    np.testing.assert_allclose(border.distance(jnp.array(x[:, ::-1])), found[:, ::-1], atol=1e-5)
+        np.testing.assert_allclose(found[i], by_scipy(x[i], clip), atol=4e-3)  # a step is short by up to 1e-3
+    np.testing.assert_allclose(border.distance(jnp.array(x[:, ::-1]), clip), found[:, ::-1], atol=1e-5)
+
+
+def test_clipped_paths_cross_texture_and_not_the_edge_of_an_object():
+    x = 0.1 * np.random.default_rng(0).normal(size=(1, 16, 16, 32))
+    x[..., 0] += 1
+    x[0, 2:5, 9:12, :2] += (-1, 1)  # off the middle
+
+    def share(clip):
+        found = np.asarray(border.distance(jnp.array(x, jnp.float32), clip)[0])
+        middle = found[7:9, 6:8].mean()
+        return middle / found[2:5, 9:12].mean()
+
+    assert share(1.0) < 0.5 * share(0.0)
 
 
 def test_an_object_stands_out_also_where_the_border_cuts_it():

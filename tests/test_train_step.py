@@ -496,7 +496,8 @@ CHOICES = {
     **{f"map {s} {b}": {"saliency.source": s, "saliency.branch": b}
        for s in ("activation", "border", "similarity", "contrast", "gradcam")
        for b in ("target", "online")},
-    "map fused, border": {"saliency.source": "border", "saliency.stages": ("stage3", "stage4")},
+    "map fused, border": {"saliency.source": "border", "saliency.stages": ("stage3", "stage4"),
+                          "saliency.clip": 1.0},
     "map fused": {"saliency.stages": ("stage3", "stage4"), "saliency.fuse": "mean",
                   "saliency.statistic": "norm"},
     **{f"regions {s}": {"roi.source": s} for s in ("random", "center", "ground_truth")},

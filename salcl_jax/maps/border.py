@@ -16,7 +16,8 @@ def draw(
     stages, _ = network.encode(params, stats, x, train=False)
     found = []
     for stage in c.stages:
-        measures = border.unlikeness(stages[stage][:, 0]), border.distance(stages[stage][:, 0])
+        features = stages[stage][:, 0]
+        measures = border.unlikeness(features), border.distance(features, c.clip)
         # Beside 1, so that a photo of one colour is flat and its rounding errors are not stretched to a map.
         found.append(saliency.fuse([saliency.normalize(1.0 + m) for m in measures], "mean"))
     return saliency.fuse(found, c.fuse)
