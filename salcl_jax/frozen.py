@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, UInt8
 from salcl_jax.data.pipeline import eval_batches
 from salcl_jax.data.sources import Source
 from salcl_jax.evaluators.pooling import pool_levels
-from salcl_jax.guidance import branch, make_saliency, map_regions, to_float, whole_canvas
+from salcl_jax.guidance import branch, make_saliency, make_windows, map_regions, to_float, whole_canvas
 from salcl_jax.models.network import Network
 from salcl_jax.ops import augment
 from salcl_jax.ops.crop import crop_and_resize, random_resized_crop_boxes
@@ -25,6 +25,7 @@ from salcl_jax.sharding import data_sharded, replicated, share_of_process, to_de
 from salcl_jax.types import HostBatch, PyTree, Rois, TrainState
 
 Features = dict[str, Array]  # by level: pooled, conv1, stage1 .. stage4
+DRAWS = 4  # pairs of crops drawn of an image to see what they show
 PATCH = 8  # raw-pixel baseline of dense features: pixels of a patch
 
 
@@ -184,6 +185,39 @@ def make_maps_fn(network: Network, config: Any, mesh: Mesh) -> Callable:
     def run(state: TrainState, images: UInt8[Array, "b s s 3"]) -> tuple[Array, Rois]:
         maps = saliency(*branch(state, config.saliency.branch), to_float(images))
         return maps, map_regions(maps, config)
+
+    return on_devices(run, mesh)
+
+
+def make_windows_fn(network: Network, config: Any, mesh: Mesh) -> Callable:
+    """Function (state, images uint8 [n, s, s, 3], boxes [n, k, 4], aspect [n]) -> windows by kind.
+
+    Of the pairs that training draws at full strength (''), of plain random crops ('random'), and with the
+    annotated boxes as regions ('boxes'): [n, t, 2, 4] for `DRAWS` draws t, numpy.
+    """
+    saliency = make_saliency(network, config) if config.saliency.source != "none" else None
+    regions = {"": config.roi.source, "random": "none", "boxes": "ground_truth"}
+    if config.roi.source == "none":
+        regions["boxes"] = "none"  # pairs without regions: the boxes change nothing
+    draws = {}
+    for kind, where in regions.items():
+        own = config.copy_and_resolve_references()
+        own.roi.source = where
+        draws[kind] = make_windows(own)
+
+    def run(
+        state: TrainState,
+        images: UInt8[Array, "b s s 3"],
+        boxes: Float[Array, "b k 4"],
+        aspect: Float[Array, "b"],
+    ) -> dict[str, Float[Array, "b t 2 4"]]:
+        maps = saliency(*branch(state, config.saliency.branch), to_float(images)) if saliency else None
+        batch = {"image": images, "boxes": boxes, "aspect": aspect}
+        keys = jax.random.split(key_for(config.seed, 0, "what crops show"), (DRAWS, 4))
+        return {
+            kind: jnp.stack([draw(tuple(own), maps, batch, 1.0).boxes[:, :2] for own in keys], axis=1)
+            for kind, draw in draws.items()
+        }
 
     return on_devices(run, mesh)
 

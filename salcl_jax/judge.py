@@ -153,6 +153,12 @@ class Judge:
             self.compiled["maps",] = frozen.make_maps_fn(self.network, self.config, self.mesh)
         return self.compiled["maps",]
 
+    def windows_fn(self) -> Callable:
+        """Function (state, images, boxes, aspect) -> windows of pairs by kind, compiled once."""
+        if ("windows",) not in self.compiled:
+            self.compiled["windows",] = frozen.make_windows_fn(self.network, self.config, self.mesh)
+        return self.compiled["windows",]
+
     def _columns(self, subject: Subject, levels: tuple[str, ...], images, boxes) -> dict[str, np.ndarray]:
         if subject.state is None:
             run = self.compile(("pixels",), lambda: frozen.make_pixels(self.config.tasks.pixels))

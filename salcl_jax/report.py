@@ -56,9 +56,14 @@ _HEADLINES: dict[str, tuple[Headline, ...]] = {
         ("mask_ap", "average precision, masks", "share"),
         ("inside_ratio", "saliency inside / outside", "ratio"),
     ),
+    "crops": (
+        ("shared", "pairs that share half of an object", "share"),
+        ("touched", "pairs that share a tenth of an object", "share"),
+        ("share", "what one object takes of both crops", "share"),
+    ),
     "segmentation": (("miou", "mean IoU", "share"), ("accuracy", "pixel accuracy", "share")),
 }
-_CHANCE = {"random": "random", "center": "centre", "whole": "whole image"}
+_CHANCE = {"random": "random", "center": "centre", "whole": "whole image", "boxes": "annotated boxes"}
 # What figures must share to stand in one report.
 _IDENTITY = ("checkpoint", "step", "branch", "size", "seed", "weights")
 _META = (

@@ -13,7 +13,8 @@ Rows = Mapping[str, Mapping[str, float]]
 TITLES = {
     "linear": "Linear probe", "knn": "Nearest neighbours", "semi": "Fine-tuning with few labels",
     "voc_svm": "Linear SVM per class", "multilabel": "Multi-label linear probe",
-    "localization": "Localisation by saliency", "segmentation": "Segmentation by linear probe",
+    "localization": "Localisation by saliency", "crops": "What pairs of crops show",
+    "segmentation": "Segmentation by linear probe",
 }  # fmt: skip
 ROWS = ("trained", "untrained", "pixels")
 # Okabe and Ito: told apart by most colour-blind eyes.

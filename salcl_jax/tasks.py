@@ -10,6 +10,7 @@ from salcl_jax.data.sources import Source
 from salcl_jax.evaluators import (
     TASKS,
     average_precision,
+    crops,
     features,
     localization,
     multilabel,
@@ -27,7 +28,8 @@ def run(task: str, judge: Judge, subject: Subject) -> Figures:
     """Figures of one task on one subject, named 'task/...'; ValueError for data that does not suit it."""
     protocols = {
         "linear": classify.linear_probe, "knn": classify.knn, "semi": classify.semi, "voc_svm": _voc_svm,
-        "multilabel": _multilabel, "localization": _localization, "segmentation": _segmentation,
+        "multilabel": _multilabel, "localization": _localization, "crops": _crops,
+        "segmentation": _segmentation,
     }  # fmt: skip
     _open(task, judge)
     return protocols[task](judge, subject)
@@ -62,6 +64,7 @@ def about(task: str, judge: Judge) -> dict[str, str]:
         "voc_svm": f"linear SVMs on {', '.join(c.voc_svm.levels)}, 19 costs, 3-fold choice (VOC07, ORL)",
         "multilabel": "one-vs-rest logistic regression on pooled features, mAP without interpolation",
         "localization": f"map '{source}' of the {saliency.branch} network at {saliency.size} px{against}",
+        "crops": f"{frozen.DRAWS} pairs of crops a photo, as in training after its warm-up",
         "segmentation": f"linear probe on {', '.join(c.segmentation.stages)} at {c.segmentation.size} px",
     }[task]  # fmt: skip
     photos = {}
@@ -128,10 +131,21 @@ def _voc_svm(judge: Judge, subject: Subject) -> Figures:
     return figures
 
 
-def _localization(judge: Judge, subject: Subject) -> Figures:
+def _boxed(judge: Judge) -> Source:
     source = judge.source("localization.test")
     if not source.has_boxes:
         raise ValueError(f"localization: {source.name} has no boxes; name a source that has")
+    return source
+
+
+def _crops(judge: Judge, subject: Subject) -> Figures:
+    source = _boxed(judge)
+    batches = judge.batches(source, f"{subject.name}: crops of {len(source):,} photos")
+    return crops.evaluate(partial(judge.windows_fn(), subject.state), batches)
+
+
+def _localization(judge: Judge, subject: Subject) -> Figures:
+    source = _boxed(judge)
     label = f"{subject.name}: maps of {len(source):,} photos"
     batches = judge.batches(source, label, masks=source.has_masks)
     drawn: list | None = [] if judge.config.tasks.localization.gallery else None

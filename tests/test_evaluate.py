@@ -153,7 +153,7 @@ def report(workdir, tmp_path_factory):
     """What one command leaves that runs every task."""
     cache = tmp_path_factory.mktemp("features")
     fields = QUICK | {"tasks.cache": cache, "eval.branch": "online"}
-    every = "linear,knn,semi,voc_svm,multilabel,localization,segmentation"
+    every = "linear,knn,semi,voc_svm,multilabel,localization,crops,segmentation"
     done = start(
         SCENES, f"--checkpoint={workdir}", f"--task={every}", f"--out={workdir / 'eval'}",
         *(f"--config.{name}={value}" for name, value in fields.items()),
@@ -165,7 +165,7 @@ def report(workdir, tmp_path_factory):
 def test_every_task_stands_beside_its_baselines(report):
     done, found, _ = report
     for task, rows in found["results"].items():
-        pixels = [] if task in ("semi", "localization") else ["pixels"]
+        pixels = [] if task in ("semi", "localization", "crops") else ["pixels"]
         assert list(rows) == ["trained", "untrained", *pixels], task
         assert all(name.startswith(f"{task}/") for row in rows.values() for name in row)
     assert len(found["results"]) == 7

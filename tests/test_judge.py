@@ -414,3 +414,22 @@ def test_the_gallery_shows_the_best_and_the_worst(folder, monkeypatch):
     # The maps are those that were scored.
     for score, shape in zip(shown["scores"], shown["maps"], strict=True):
         np.testing.assert_array_equal(shape, drawn[np.flatnonzero(columns["coverage"] == score)[0]])
+
+
+def test_crops_of_a_plain_network_are_random_ones_and_boxes_guide_others(folder):
+    shares = {}
+    for way, fields in {"plain": {"roi.source": "none", "saliency.source": "none", "weights.mode": "none"},
+                        "center": {"roi.source": "center", "pairs.mix.cover": 1.0}}.items():
+        c = config_for(folder, **fields)
+        c.tasks.localization.test = lib.source("scenes")
+        for name, value in {"num_train": 24, "num_val": 1, "size": 64}.items():
+            c.tasks.localization.test.scenes[name] = value
+        c.tasks.localization.test.data_dir = str(folder / "crops")
+        judge, subject = judge_for(c)
+        shares[way] = tasks.run("crops", judge, subject)
+    plain, center = shares["plain"], shares["center"]
+    for name in ("shared", "touched", "share"):
+        assert plain[f"crops/{name}"] == plain[f"crops/chance/{name}_random"]
+        assert plain[f"crops/{name}"] == plain[f"crops/chance/{name}_boxes"]
+        assert center[f"crops/chance/{name}_random"] == plain[f"crops/{name}"]
+    assert center["crops/chance/shared_boxes"] > center["crops/shared"] > 0

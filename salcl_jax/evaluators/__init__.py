@@ -14,5 +14,6 @@ TASKS = {
     "voc_svm": ("voc_svm.train", "voc_svm.test"),
     "multilabel": ("multilabel.train", "multilabel.test"),
     "localization": ("localization.test",),
+    "crops": ("localization.test",),
     "segmentation": ("segmentation.train", "segmentation.test"),
 }
