@@ -108,6 +108,15 @@ def test_the_row_of_photos_named_as_what_ships_has_its_pairs_and_weights():
         assert row.saliency[name] == shipped.saliency[name]
 
 
+def test_the_variant_for_small_objects_guides_as_the_row_that_its_table_names():
+    plan = study_plan.load(f"{ROOT}/configs/studies/cutouts.py:long,maps")
+    row = study_plan.configuration(plan, Run("border23_clip", 0)).to_dict()
+    shipped = lib.load_module(str(ROOT / "configs" / "folder.py")).get_config("small_objects").to_dict()
+    for section in ("saliency", "roi", "pairs", "weights", "guidance"):
+        assert row[section] == shipped[section]
+    assert row["data"]["canvas"] == shipped["data"]["canvas"]
+
+
 def test_objects_judges_the_same_networks_by_their_objects():
     photos, objects = (study_plan.load(f"{ROOT}/configs/studies/photos.py{end}") for end in ("", ":objects"))
     assert list(photos.rows) == list(objects.rows)

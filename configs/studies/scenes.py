@@ -27,6 +27,9 @@ REGIONS = {
     "_random_small": {"roi.source": "random", "roi.max_size": 0.3},  # small ones
     "_center": {"roi.source": "center"},
 }
+# Rows without a map that are also given the operations of a guided one, as further steps.
+MATCHED = ("zoom", "border23_clip")
+CLIP = {"saliency.clip": 1.0, "roi.min_peak": 0.8}
 DRAWN = ("saliency.source", "saliency.stages")
 
 
@@ -49,7 +52,7 @@ def get_study(variant: str = "") -> Study:
         question=f"Built-in scenes{f', {variant}' if variant else ''}: what does guidance add?",
         config=config,
         rows=rows,
-        matched={"byol_as_zoom": ("byol", "zoom")},
+        matched={f"byol_as_{row}": ("byol", row) for row in MATCHED if row in rows},
         baseline="byol",
         judge=config,
         tasks=("linear", "knn", "multilabel", "localization"),
@@ -135,6 +138,10 @@ def _maps() -> dict[str, Change]:
         "activation23": drawn("activation", "stage2", "stage3"),
         "border2": drawn("border", "stage2"),
         "border3": drawn("border", "stage3"),
+        "border23": drawn("border", "stage2", "stage3"),
+        "border23_level": drawn("border", "stage2", "stage3", **{"roi.level": 0.5}),
+        "border23_clip": drawn("border", "stage2", "stage3", **CLIP, **{"roi.level": 0.5}),
+        "border23_clip_wide": drawn("border", "stage2", "stage3", **CLIP),
         "similarity4": drawn("similarity", "stage4"),
         "contrast4": drawn("contrast", "stage4"),
         "gradcam4": drawn("gradcam", "stage4"),
