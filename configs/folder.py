@@ -24,7 +24,7 @@ def get_config(variant: str = "") -> lib.ConfigDict:
 
 def _small_objects(c: lib.ConfigDict) -> None:
     """The guidance of the row `border23_clip` of configs/studies/cutouts.py:maps; at 224 px not yet run."""
-    c.data.canvas = 4 * c.crops.size  # small objects keep their pixels
+    c.data.canvas *= 2  # small objects keep their pixels
     c.saliency.source, c.saliency.stages = "border", ("stage2", "stage3")
     c.saliency.size = {48: 96, 224: 224}[c.crops.size]  # 24 and 28 cells of stage 2
     c.saliency.clip = 1.0
