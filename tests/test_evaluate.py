@@ -15,6 +15,7 @@ from absl import flags
 
 from salcl_jax import checkpoint, cli, config_record, evaluate, tasks
 from salcl_jax import config as lib
+from salcl_jax.evaluators import TASKS
 from salcl_jax.judge import Subject
 from salcl_jax.models.network import build
 from salcl_jax.train_step import make_init
@@ -168,7 +169,7 @@ def test_every_task_stands_beside_its_baselines(report):
         pixels = [] if task in ("semi", "localization", "crops") else ["pixels"]
         assert list(rows) == ["trained", "untrained", *pixels], task
         assert all(name.startswith(f"{task}/") for row in rows.values() for name in row)
-    assert len(found["results"]) == 7
+    assert set(found["results"]) == set(TASKS)
     assert "untrained" in done.stdout and "pixels" in done.stdout
     assert found["results"]["localization"]["trained"]["localization/images"] == 24
     assert 0 < found["results"]["localization"]["trained"]["localization/mask_ap"] < 1

@@ -37,10 +37,12 @@ def results(seed=0):
         "localization": ("pointing", "corloc", "mask_ap", "inside_ratio", "recall@0.5", "recall@0.5/r1",
                          "chance/corloc_random", "chance/corloc_center", "chance/corloc_whole",
                          "chance/pointing_random", "chance/mask_ap_center"),
+        "crops": ("shared", "touched", "share", "chance/share_random", "chance/share_boxes"),
         "segmentation": ("miou", "accuracy", "iou/cat"),
     }  # fmt: skip
     rows = {task: ("trained", "untrained", "pixels") for task in names} | {
-        "localization": ("trained", "untrained"), "semi": ("trained",)}  # fmt: skip
+        "localization": ("trained", "untrained"), "crops": ("trained", "untrained"),
+        "semi": ("trained",)}  # fmt: skip
     return {
         task: {row: {f"{task}/{name}": float(next(values)) for name in names[task]} for row in rows[task]}
         for task in names
@@ -89,6 +91,9 @@ LOCATED = {  # caption of a line, its figure and scale
                      "objects found, IoU >= 0.5, %": ("recall@0.5", 100),
                      "average precision, masks, %": ("mask_ap", 100),
                      "saliency inside / outside": ("inside_ratio", 1)},
+    "crops": {"pairs that share half of an object, %": ("shared", 100),
+              "pairs that share a tenth of an object, %": ("touched", 100),
+              "what one object takes of both crops, %": ("share", 100)},
     "segmentation": {"mean IoU, %": ("miou", 100), "pixel accuracy, %": ("accuracy", 100)},
 }  # fmt: skip
 
@@ -116,7 +121,7 @@ def test_every_task_has_a_title_and_headlines():
 def test_numbers_of_the_terminal_are_those_given():
     given = results()
     tables = text_cells(report.text_table(given))
-    assert list(tables) == ["linear", "knn", "semi", "voc_svm", "multilabel", "localization", "segmentation"]
+    assert list(tables) == list(TASKS)
     for task, table in tables.items():
         check_cells(task, table, given[task])
 
