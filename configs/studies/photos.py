@@ -169,6 +169,7 @@ def _maps() -> dict[str, Change]:
         "border_online": drawn("border", "stage3", **{"saliency.branch": "online"}),
         "border_fine": drawn("border", "stage3", **{"saliency.size": 96}),
         "border4": drawn("border", "stage4"),
+        "border23": drawn("border", "stage2", "stage3", **{"saliency.size": 96}),
         "contrast4": drawn("contrast", "stage4"),
         "activation1": drawn("activation", "stage1"),
         "activation2": drawn("activation", "stage2"),
