@@ -28,6 +28,7 @@ def _small_objects(c: lib.ConfigDict) -> None:
     c.saliency.source, c.saliency.stages = "border", ("stage2", "stage3")
     c.saliency.size = {48: 96, 224: 224}[c.crops.size]  # 24 and 28 cells of stage 2
     c.saliency.clip = 1.0
+    c.roi.source = "saliency"
     c.roi.window, c.roi.min_size, c.roi.count = 0.08, 0.1, 4
     c.roi.level, c.roi.min_peak = 0.5, 0.8
     c.pairs.mix.cover, c.pairs.mix.zoom = 0.0, 0.8

@@ -190,30 +190,29 @@ def make_maps_fn(network: Network, config: Any, mesh: Mesh) -> Callable:
 
 
 def make_windows_fn(network: Network, config: Any, mesh: Mesh) -> Callable:
-    """Function (state, images uint8 [n, s, s, 3], boxes [n, k, 4], aspect [n]) -> windows by kind.
+    """Function ((state, number), images uint8 [n, s, s, 3], boxes [n, k, 4], aspect [n]) -> windows by kind.
 
-    Of the pairs that training draws at full strength (''), of plain random crops ('random'), and with the
-    annotated boxes as regions ('boxes'): [n, t, 2, 4] for `DRAWS` draws t, numpy.
+    Of the pairs that training draws at full strength from whole photos (''), of plain random crops
+    ('random'), and with the annotated boxes as regions ('boxes'): [n, t, 2, 4] for `DRAWS` draws t, numpy.
+    Draws follow from the seed and the number of the batch.
     """
     saliency = make_saliency(network, config) if config.saliency.source != "none" else None
-    regions = {"": config.roi.source, "random": "none", "boxes": "ground_truth"}
-    if config.roi.source == "none":
-        regions["boxes"] = "none"  # pairs without regions: the boxes change nothing
     draws = {}
-    for kind, where in regions.items():
+    for kind, where in {"": config.roi.source, "random": "none", "boxes": "ground_truth"}.items():
         own = config.copy_and_resolve_references()
         own.roi.source = where
         draws[kind] = make_windows(own)
 
     def run(
-        state: TrainState,
+        trees: tuple,
         images: UInt8[Array, "b s s 3"],
         boxes: Float[Array, "b k 4"],
         aspect: Float[Array, "b"],
     ) -> dict[str, Float[Array, "b t 2 4"]]:
+        state, number = trees
         maps = saliency(*branch(state, config.saliency.branch), to_float(images)) if saliency else None
         batch = {"image": images, "boxes": boxes, "aspect": aspect}
-        keys = jax.random.split(key_for(config.seed, 0, "what crops show"), (DRAWS, 4))
+        keys = jax.random.split(key_for(config.seed, number, "what crops show"), (DRAWS, 4))
         return {
             kind: jnp.stack([draw(tuple(own), maps, batch, 1.0).boxes[:, :2] for own in keys], axis=1)
             for kind, draw in draws.items()

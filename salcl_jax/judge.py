@@ -154,7 +154,7 @@ class Judge:
         return self.compiled["maps",]
 
     def windows_fn(self) -> Callable:
-        """Function (state, images, boxes, aspect) -> windows of pairs by kind, compiled once."""
+        """Function ((state, number of a batch), images, boxes, aspect) -> windows by kind, compiled once."""
         if ("windows",) not in self.compiled:
             self.compiled["windows",] = frozen.make_windows_fn(self.network, self.config, self.mesh)
         return self.compiled["windows",]

@@ -225,7 +225,7 @@ def _lines(task: str, rows: dict[str, dict[str, float]]) -> list[Headline]:
 
 
 def _chance(task: str, rows: dict[str, dict[str, float]], figure: str, kind: str) -> float | None:
-    """What knowing nothing reaches, from the first row that has it: it is the same for all rows."""
+    """What knowing nothing (or all boxes) reaches, from the first row that has it: the same for all rows."""
     names = [figure.replace(f"{task}/", f"{task}/chance/", 1) + f"_{kind}"]
     names += [f"{figure}_chance"] if kind == "random" else []
     return next((rows[row][name] for row in rows for name in names if name in rows[row]), None)

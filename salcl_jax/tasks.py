@@ -64,7 +64,8 @@ def about(task: str, judge: Judge) -> dict[str, str]:
         "voc_svm": f"linear SVMs on {', '.join(c.voc_svm.levels)}, 19 costs, 3-fold choice (VOC07, ORL)",
         "multilabel": "one-vs-rest logistic regression on pooled features, mAP without interpolation",
         "localization": f"map '{source}' of the {saliency.branch} network at {saliency.size} px{against}",
-        "crops": f"{frozen.DRAWS} pairs of crops a photo, as in training after its warm-up",
+        "crops": f"{frozen.DRAWS} pairs of crops a photo, as in training after its warm-up: "
+                 f"{_pairs(judge)}",
         "segmentation": f"linear probe on {', '.join(c.segmentation.stages)} at {c.segmentation.size} px",
     }[task]  # fmt: skip
     photos = {}
@@ -74,6 +75,14 @@ def about(task: str, judge: Judge) -> dict[str, str]:
         photos[name] = f"{count - lost:,} of {s.name}" + (f" ({lost:,} cannot be used)" if lost else "")
     view = _view(task, judge)
     return {"protocol": protocol} | ({"view": view} if view else {}) | photos
+
+
+def _pairs(judge: Judge) -> str:
+    """Where pairs of crops lie, in words."""
+    c = judge.config
+    ways = ", ".join(f"{way} {share:g}" for way, share in c.pairs.mix.items() if share)
+    drawn = f"map '{c.saliency.source}' of {', '.join(c.saliency.stages)} at {c.saliency.size} px"
+    return f"{ways} at regions of {drawn if c.roi.source == 'saliency' else c.roi.source}"
 
 
 def _folds(spec: str) -> str:
@@ -134,14 +143,18 @@ def _voc_svm(judge: Judge, subject: Subject) -> Figures:
 def _boxed(judge: Judge) -> Source:
     source = judge.source("localization.test")
     if not source.has_boxes:
-        raise ValueError(f"localization: {source.name} has no boxes; name a source that has")
+        raise ValueError(f"tasks.localization.test: {source.name} has no boxes; name a source that has")
     return source
 
 
 def _crops(judge: Judge, subject: Subject) -> Figures:
-    source = _boxed(judge)
+    c, source = judge.config, _boxed(judge)
+    if c.roi.source == "none" or not sum(c.pairs.mix.values()):
+        fields = "roi.source, saliency.source and a way of pairs.mix"
+        raise ValueError(f"crops: no pair follows a region; give {fields}")
     batches = judge.batches(source, f"{subject.name}: crops of {len(source):,} photos")
-    return crops.evaluate(partial(judge.windows_fn(), subject.state), batches)
+    windows = judge.windows_fn()
+    return crops.evaluate(lambda number, *x: windows((subject.state, np.int32(number)), *x), batches)
 
 
 def _localization(judge: Judge, subject: Subject) -> Figures:

@@ -54,7 +54,8 @@ def test_padding_difficult_boxes_and_photos_without_boxes_do_not_count():
     }  # fmt: skip
     seen = []
 
-    def windows(images, boxes, aspect):
+    def windows(number, images, boxes, aspect):
+        assert number == 0
         seen.append(images[:, 0, 0, 0].tolist())
         inside = np.tile(np.array(box[0]), (5, 2, 2, 1))
         away = inside + 0.45
@@ -63,6 +64,7 @@ def test_padding_difficult_boxes_and_photos_without_boxes_do_not_count():
         return {"": own, "random": away}
 
     figures = crops.evaluate(windows, [batch])
+    assert batch["mask"].tolist() == [True, True, True, False, True]
     assert seen == [[0, 1, 2, 4, 4]]  # another photo in the place of padding
     assert figures["crops/shared"] == pytest.approx(3 / 4)  # two draws of two photos
     assert figures["crops/chance/shared_random"] == 0

@@ -12,12 +12,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from salcl_jax import classify, frozen, tasks
+from salcl_jax import classify, frozen, guidance, tasks
 from salcl_jax import config as lib
 from salcl_jax.evaluators.pooling import LEVELS
 from salcl_jax.judge import Judge, Subject, shared_classes, subset
 from salcl_jax.models.heads import MLP
 from salcl_jax.models.network import Network
+from salcl_jax.rng import key_for
 from salcl_jax.sharding import make_mesh
 from salcl_jax.train_step import make_init
 
@@ -416,20 +417,32 @@ def test_the_gallery_shows_the_best_and_the_worst(folder, monkeypatch):
         np.testing.assert_array_equal(shape, drawn[np.flatnonzero(columns["coverage"] == score)[0]])
 
 
-def test_crops_of_a_plain_network_are_random_ones_and_boxes_guide_others(folder):
-    shares = {}
-    for way, fields in {"plain": {"roi.source": "none", "saliency.source": "none", "weights.mode": "none"},
-                        "center": {"roi.source": "center", "pairs.mix.cover": 1.0}}.items():
-        c = config_for(folder, **fields)
-        c.tasks.localization.test = lib.source("scenes")
-        for name, value in {"num_train": 24, "num_val": 1, "size": 64}.items():
-            c.tasks.localization.test.scenes[name] = value
-        c.tasks.localization.test.data_dir = str(folder / "crops")
-        judge, subject = judge_for(c)
-        shares[way] = tasks.run("crops", judge, subject)
-    plain, center = shares["plain"], shares["center"]
-    for name in ("shared", "touched", "share"):
-        assert plain[f"crops/{name}"] == plain[f"crops/chance/{name}_random"]
-        assert plain[f"crops/{name}"] == plain[f"crops/chance/{name}_boxes"]
-        assert center[f"crops/chance/{name}_random"] == plain[f"crops/{name}"]
-    assert center["crops/chance/shared_boxes"] > center["crops/shared"] > 0
+def crops_config(folder, **fields):
+    c = config_for(folder, **fields)
+    c.tasks.localization.test = lib.source("scenes")
+    for name, value in {"num_train": 24, "num_val": 1, "size": 64}.items():
+        c.tasks.localization.test.scenes[name] = value
+    c.tasks.localization.test.data_dir = str(folder / "crops")
+    return c
+
+
+def test_crops_are_those_that_training_draws(folder):
+    c = crops_config(folder, **{"pairs.mix.cover": 0.5})
+    judge, subject = judge_for(c)
+    figures = tasks.run("crops", judge, subject)
+    assert figures["crops/chance/shared_boxes"] > figures["crops/chance/shared_random"] > 0
+    batch = next(iter(judge.batches(judge.source("localization.test"), "")))
+    found = judge.windows_fn()((subject.state, np.int32(1)), batch["image"], batch["boxes"], batch["aspect"])
+    maps, _ = judge.maps_fn()(subject.state, batch["image"])
+    keys = jax.random.split(key_for(c.seed, 1, "what crops show"), (frozen.DRAWS, 4))
+    for t, own in enumerate(keys):
+        drawn = guidance.make_windows(c)(tuple(own), jnp.array(maps), jax.tree.map(jnp.array, batch), 1.0)
+        np.testing.assert_allclose(found[""][:, t], drawn.boxes[:, :2], atol=1e-4)
+    again = judge.windows_fn()((subject.state, np.int32(2)), batch["image"], batch["boxes"], batch["aspect"])
+    assert np.abs(again["random"] - found["random"]).max() > 0.1
+
+
+def test_crops_of_pairs_without_regions_are_refused(folder):
+    c = crops_config(folder, **{"roi.source": "none", "saliency.source": "none", "weights.mode": "none"})
+    with pytest.raises(ValueError, match="no pair follows a region; give roi.source"):
+        tasks.run("crops", *judge_for(c))

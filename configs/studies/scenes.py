@@ -27,7 +27,7 @@ REGIONS = {
     "_random_small": {"roi.source": "random", "roi.max_size": 0.3},  # small ones
     "_center": {"roi.source": "center"},
 }
-# Rows without a map that are also given the operations of a guided one, as further steps.
+# Guided rows whose operations plain BYOL is also given, as further steps.
 MATCHED = ("zoom", "border23_clip")
 CLIP = {"saliency.clip": 1.0, "roi.min_peak": 0.8}
 DRAWN = ("saliency.source", "saliency.stages")

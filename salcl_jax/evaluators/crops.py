@@ -17,12 +17,13 @@ HALF, TENTH = 0.5, 0.1  # of an object, inside a crop
 def evaluate(windows_fn: Callable, batches: Iterable[HostBatch]) -> dict[str, float]:
     """Means of `scores` over all draws of all images with boxes, named 'crops/...'.
 
-    windows_fn(images uint8 [n, s, s, 3], boxes [n, k, 4], aspect [n]) returns windows [n, t, 2, 4] of t draws
-    by kind: '' as configured, 'random' and 'boxes', whose figures are 'crops/chance/<score>_<kind>'. Batches
-    as for `localization.evaluate`. Raises ValueError where no image has a box.
+    windows_fn(number of the batch, images uint8 [n, s, s, 3], boxes [n, k, 4], aspect [n]) returns windows
+    [n, t, 2, 4] of t draws by kind: '' as configured, 'random' and 'boxes', whose figures are
+    'crops/chance/<score>_<kind>'. Batches as for `localization.evaluate`. Raises ValueError where no image
+    has a box.
     """
     found: dict[str, list[np.ndarray]] = {}
-    for batch in batches:
+    for number, batch in enumerate(batches):
         keep = np.asarray(batch.get("mask", np.ones(len(batch["boxes"]), bool)), bool)
         if not keep.any():
             continue
@@ -30,10 +31,10 @@ def evaluate(windows_fn: Callable, batches: Iterable[HostBatch]) -> dict[str, fl
         rows, good = np.arange(len(keep)), np.flatnonzero(keep)
         filled = np.where(keep, rows, good[rows % len(good)])
         boxes = counted(batch)
-        keep &= real_boxes(boxes).any(-1)
-        windows = windows_fn(batch["image"][filled], boxes[filled], batch["aspect"][filled])
+        counts = keep & real_boxes(boxes).any(-1)
+        windows = windows_fn(number, batch["image"][filled], boxes[filled], batch["aspect"][filled])
         for kind, drawn in windows.items():
-            for name, values in scores(np.asarray(drawn)[keep], boxes[keep]).items():
+            for name, values in scores(np.asarray(drawn)[counts], boxes[counts]).items():
                 place = f"crops/chance/{name}_{kind}" if kind else f"crops/{name}"
                 found.setdefault(place, []).append(values.ravel())
     if not any(len(part) for parts in found.values() for part in parts):

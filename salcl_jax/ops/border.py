@@ -41,8 +41,8 @@ def distance(features: Float[Array, "b h w d"], clip: float = 0.0) -> Float[Arra
     step, out of a border cell, is its `unlikeness`: an object that the border cuts stays salient. Paths
     have at most h + w steps inside. One feature all over gives zeros.
 
-    clip: how much shorter, at least 0, every step is than that, in means over the photo of the shortest
-    step from a location. Many steps across a texture are a long way; with 1, after the paper, about none.
+    clip: a step inside is max(0, length - clip * m), where m is the photo's mean over locations of the
+    shortest step from there. Many steps across a texture are a long way; with 1, after the paper, about none.
 
     >>> photo = jnp.tile(jnp.array([1.0, 0.0]), (1, 4, 4, 1)).at[0, 1:3, 1].set(jnp.array([0.0, 1.0]))
     >>> for row in jnp.round(10 * distance(photo)[0]).astype(int):  # two cells at a right angle: sqrt(2)
@@ -57,8 +57,8 @@ def distance(features: Float[Array, "b h w d"], clip: float = 0.0) -> Float[Arra
     steps = jnp.stack([_length(unit, _neighbour(unit, *to, 0.0)) for to in _AROUND])
     exists = jnp.stack([_neighbour(jnp.ones(unit.shape[:3]), *to, 0.0) for to in _AROUND])
     if clip:
-        shortest = jnp.min(jnp.where(exists > 0, steps, _FAR), axis=0)
-        steps = jax.nn.relu(steps - clip * jnp.mean(shortest, axis=(1, 2), keepdims=True)[None])
+        least = jnp.min(jnp.where(exists > 0, steps, _FAR), axis=0)
+        steps = jax.nn.relu(steps - clip * jnp.mean(least, axis=(1, 2), keepdims=True)[None])
     steps = jnp.where(exists > 0, steps, _FAR)
     out = jnp.where(_at_border(h, w), unlikeness(unit), _FAR)
 
@@ -87,7 +87,7 @@ def _mean_of_largest(x: Float[Array, "... n"], k: int) -> Float[Array, "..."]:
 
     ends = jnp.min(fixed, axis=-1, keepdims=True), jnp.max(fixed, axis=-1, keepdims=True)
     (least, _), _ = jax.lax.scan(halve, ends, None, length=_HALVINGS)
-    # Holds however many are as large as the k-th: they add nothing.
+    # Holds however many are as large as the k-th: they add nothing (each of them has a gradient, though).
     return least[..., 0] + jnp.sum(jnp.where(fixed >= least, x - least, 0.0), axis=-1) / k
 
 
