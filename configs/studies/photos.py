@@ -18,6 +18,7 @@ FIGURES = {
     "linear/fold_1pct/top1": "1 %",
     "knn/top1": "k-NN",
     "multilabel/map": "COCO mAP",
+    "voc_svm/map": "VOC mAP",
     "segmentation/miou": "VOC mIoU",
     "localization/corloc": "CorLoc",
 }
@@ -35,7 +36,7 @@ def get_study(variant: str = "") -> Study:
     for name in named:
         rows |= groups[name]() if name in groups else {}
     turned = ",".join(name for name in named if name not in groups and name != "objects")
-    tasks = ("linear", "knn", "multilabel", "segmentation", "localization")
+    tasks = ("linear", "knn", "multilabel", "voc_svm", "segmentation", "localization")
     judged = {"judge": _judge, "tasks": tasks, "figures": FIGURES}
     if "objects" in named:
         judged = {"judge": _judge_objects, "tasks": ("linear", "knn"), "figures": OBJECTS}
@@ -88,6 +89,7 @@ def _judge() -> lib.ConfigDict:
     """Every protocol chooses on the train side; all rows are judged by one kind of map, but in `maps`."""
     c = JUDGE.get_config()
     c.tasks.linear.protocol, c.tasks.linear.subsets = "lbfgs", ("fold_1pct=0..4", "fold_10pct=0..4")
+    c.tasks.voc_svm.shots = ()
     c.tasks.baselines = ()
     c.tasks.localization.test = lib.source(
         "folder", roots=_folders("coco", "voc"), annotations=_annotations("val")
