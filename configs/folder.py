@@ -26,7 +26,7 @@ def _small_objects(c: lib.ConfigDict) -> None:
     """The guidance of the row `border23_clip` of configs/studies/cutouts.py:maps; at 224 px not yet run."""
     c.data.canvas *= 2  # small objects keep their pixels
     c.saliency.source, c.saliency.stages = "border", ("stage2", "stage3")
-    c.saliency.size = {48: 96, 224: 224}[c.crops.size]  # 24 and 28 cells of stage 2
+    c.saliency.size = max(96, c.crops.size)  # 24 cells of stage 2, 28 for resnet50
     c.saliency.clip = 1.0
     c.roi.source = "saliency"
     c.roi.window, c.roi.min_size, c.roi.count = 0.08, 0.1, 4

@@ -143,21 +143,20 @@ class Judge:
 
     def compile(self, key: tuple, make: Callable[[], Callable]) -> Callable:
         """A function of (trees, *arrays) on all devices, compiled once under this key."""
+        return self._once(key, lambda: frozen.on_devices(make(), self.mesh))
+
+    def _once(self, key: tuple, make: Callable[[], Callable]) -> Callable:
         if key not in self.compiled:
-            self.compiled[key] = frozen.on_devices(make(), self.mesh)
+            self.compiled[key] = make()
         return self.compiled[key]
 
     def maps_fn(self) -> Callable:
         """Function (state, images) -> (maps, Rois), compiled once."""
-        if ("maps",) not in self.compiled:
-            self.compiled["maps",] = frozen.make_maps_fn(self.network, self.config, self.mesh)
-        return self.compiled["maps",]
+        return self._once(("maps",), lambda: frozen.make_maps_fn(self.network, self.config, self.mesh))
 
     def windows_fn(self) -> Callable:
         """Function ((state, number of a batch), images, boxes, aspect) -> windows by kind, compiled once."""
-        if ("windows",) not in self.compiled:
-            self.compiled["windows",] = frozen.make_windows_fn(self.network, self.config, self.mesh)
-        return self.compiled["windows",]
+        return self._once(("windows",), lambda: frozen.make_windows_fn(self.network, self.config, self.mesh))
 
     def _columns(self, subject: Subject, levels: tuple[str, ...], images, boxes) -> dict[str, np.ndarray]:
         if subject.state is None:

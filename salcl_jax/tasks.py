@@ -55,6 +55,8 @@ def about(task: str, judge: Judge) -> dict[str, str]:
     c, saliency = judge.config.tasks, judge.config.saliency
     source = frozen.map_source(judge.config)
     against = f", each against its batch of {judge.batch_size}" if source in ("contrast", "gradcam") else ""
+    stages, regions = ", ".join(saliency.stages), judge.config.roi.source
+    drawn = f"map '{source}' of {stages} of the {saliency.branch} network at {saliency.size} px{against}"
     protocol = {
         "linear": classify.linear_protocol(c),
         "knn": f"weighted k-NN, cosine, temperature {c.knn.temperature:g} (Wu et al. 2018)",
@@ -63,9 +65,9 @@ def about(task: str, judge: Judge) -> dict[str, str]:
                 f"{c.semi.choose.replace('_', ' ')} (ORL){_folds(c.semi.folds)}",
         "voc_svm": f"linear SVMs on {', '.join(c.voc_svm.levels)}, 19 costs, 3-fold choice (VOC07, ORL)",
         "multilabel": "one-vs-rest logistic regression on pooled features, mAP without interpolation",
-        "localization": f"map '{source}' of the {saliency.branch} network at {saliency.size} px{against}",
+        "localization": drawn,
         "crops": f"{frozen.DRAWS} pairs of crops a photo, as in training after its warm-up: "
-                 f"{_pairs(judge)}",
+                 f"{_ways(judge)} at regions of {drawn if regions == 'saliency' else regions}",
         "segmentation": f"linear probe on {', '.join(c.segmentation.stages)} at {c.segmentation.size} px",
     }[task]  # fmt: skip
     photos = {}
@@ -77,12 +79,9 @@ def about(task: str, judge: Judge) -> dict[str, str]:
     return {"protocol": protocol} | ({"view": view} if view else {}) | photos
 
 
-def _pairs(judge: Judge) -> str:
-    """Where pairs of crops lie, in words."""
-    c = judge.config
-    ways = ", ".join(f"{way} {share:g}" for way, share in c.pairs.mix.items() if share)
-    drawn = f"map '{c.saliency.source}' of {', '.join(c.saliency.stages)} at {c.saliency.size} px"
-    return f"{ways} at regions of {drawn if c.roi.source == 'saliency' else c.roi.source}"
+def _ways(judge: Judge) -> str:
+    """How pairs of crops are made from regions, and by which share."""
+    return ", ".join(f"{way} {share:g}" for way, share in judge.config.pairs.mix.items() if share)
 
 
 def _folds(spec: str) -> str:

@@ -430,6 +430,7 @@ def test_crops_are_those_that_training_draws(folder):
     c = crops_config(folder, **{"pairs.mix.cover": 0.5})
     judge, subject = judge_for(c)
     figures = tasks.run("crops", judge, subject)
+    assert "cover 0.5 at regions of map 'border' of stage3" in tasks.about("crops", judge)["protocol"]
     assert figures["crops/chance/shared_boxes"] > figures["crops/chance/shared_random"] > 0
     batch = next(iter(judge.batches(judge.source("localization.test"), "")))
     found = judge.windows_fn()((subject.state, np.int32(1)), batch["image"], batch["boxes"], batch["aspect"])

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 
 import numpy as np
 
-from salcl_jax.evaluators.localization import counted, real_boxes
+from salcl_jax.evaluators.localization import counted, filled, real_boxes
 from salcl_jax.types import HostBatch
 
 HALF, TENTH = 0.5, 0.1  # of an object, inside a crop
@@ -27,12 +27,9 @@ def evaluate(windows_fn: Callable, batches: Iterable[HostBatch]) -> dict[str, fl
         keep = np.asarray(batch.get("mask", np.ones(len(batch["boxes"]), bool)), bool)
         if not keep.any():
             continue
-        # A map may depend on the other images of its batch: the place of padding is taken by real ones.
-        rows, good = np.arange(len(keep)), np.flatnonzero(keep)
-        filled = np.where(keep, rows, good[rows % len(good)])
-        boxes = counted(batch)
+        rows, boxes = filled(keep), counted(batch)
         counts = keep & real_boxes(boxes).any(-1)
-        windows = windows_fn(number, batch["image"][filled], boxes[filled], batch["aspect"][filled])
+        windows = windows_fn(number, batch["image"][rows], boxes[rows], batch["aspect"][rows])
         for kind, drawn in windows.items():
             for name, values in scores(np.asarray(drawn)[counts], boxes[counts]).items():
                 place = f"crops/chance/{name}_{kind}" if kind else f"crops/{name}"

@@ -46,9 +46,7 @@ def collect(
         keep = np.asarray(batch.get("mask", np.ones(len(batch["boxes"]), bool)), bool)
         if not keep.any():
             continue
-        # A map may depend on the other images of its batch: the place of padding is taken by real ones.
-        rows, good = np.arange(len(keep)), np.flatnonzero(keep)
-        maps, rois = maps_fn(batch["image"][np.where(keep, rows, good[rows % len(good)])])
+        maps, rois = maps_fn(batch["image"][filled(keep)])
         maps, rois = np.asarray(maps)[keep], Rois(*(np.asarray(x)[keep] for x in rois))
         if drawn is not None:
             drawn.append((maps, rois))
@@ -62,6 +60,15 @@ def collect(
     if not any(part["boxes"].any() for part in parts):
         raise ValueError("localization: no image has a ground-truth box; check the data")
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def filled(keep: np.ndarray) -> np.ndarray:
+    """Rows [n] of a batch with other real examples in the place of padding; keep [n]: True for real ones.
+
+    A map may depend on the other images of its batch, and BatchNorm too. Needs one real example.
+    """
+    rows, good = np.arange(len(keep)), np.flatnonzero(keep)
+    return np.where(keep, rows, good[rows % len(good)])
 
 
 def counted(batch: HostBatch) -> np.ndarray:

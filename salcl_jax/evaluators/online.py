@@ -61,8 +61,7 @@ def _pretext(network: Network, config: Any, mesh: Mesh, source: Source) -> Evalu
             good = np.flatnonzero(batch["mask"])
             if not len(good) or found and len(good) < size / 2:
                 continue  # unusable, or the padded end of the set
-            # BatchNorm must not see black rows: others of the batch stand in for them.
-            rows = np.where(batch["mask"], np.arange(size), good[np.arange(size) % len(good)])
+            rows = localization.filled(batch["mask"])  # BatchNorm must not see black rows
             found.append(step(state, *(batch[name][rows] for name in names)))
         if not found:
             raise ValueError(f"config.eval.pretext: {source.name}: no photo can be used; check the files")
