@@ -1,0 +1,72 @@
+"""Real photos whose objects are all small: what does guidance add where boxes say that there is room?
+
+for split in train val; do
+  python launch/list_small_objects.py --largest=0.15 --out=$SALCL_DATA/small_objects_$split.txt \
+    --annotations=$SALCL_DATA/coco_scenes/annotations_$split.json,$SALCL_DATA/voc_scenes/annotations_$split.json
+done
+SALCL_DATA=DIR python -m salcl_jax.study --study=configs/studies/small_objects.py:long,maps --workdir=DIR --jobs=2
+The folder SALCL_DATA is that of configs/judge.py. Variants, joined by commas: objects (the same networks, judged
+by VOC's annotated objects instead of whole photos), and those of scenes.py, whose dials of the scenes change
+nothing here.
+Results: RESULTS.md.
+"""
+
+import dataclasses
+
+from salcl_jax import config as lib
+from salcl_jax.study_plan import Study
+
+PHOTOS, SCENES = (lib.beside(__file__, name) for name in ("photos.py", "scenes.py"))
+JUDGE = PHOTOS.JUDGE
+TASKS = ("linear", "knn", "multilabel", "voc_svm", "localization")
+
+
+def get_study(variant: str = "") -> Study:
+    """Rows and training of the built-in scenes' study, the photos and the judge of the photos' study."""
+    named = variant.split(",") if variant else []
+    like = SCENES.get_study(",".join(name for name in named if name != "objects"))
+    photos = PHOTOS.get_study()
+    question = f"Photos of small objects{f', {variant}' if variant else ''}: what does guidance add?"
+
+    def config() -> lib.ConfigDict:
+        c, other = like.config(), photos.config()
+        c.data, c.eval = other.data, other.eval
+        c.data.train = _small("train")
+        return c
+
+    def judge() -> lib.ConfigDict:
+        c = photos.judge()
+        c.tasks.localization.test = _small("val")
+        return c
+
+    judged = {"judge": judge, "tasks": TASKS, "figures": _figures(photos.figures)}
+    if "objects" in named:
+        judged = {"judge": _judge_objects, "tasks": ("linear", "knn"), "figures": PHOTOS.OBJECTS}
+    return dataclasses.replace(like, question=question, config=config, fixed=(), **judged)
+
+
+def _small(split: str) -> lib.ConfigDict:
+    folders = [f"{JUDGE.ROOT}/{name}_scenes" for name in ("coco", "voc")]
+    return lib.source(
+        "folder", roots=tuple(f"{folder}/images" for folder in folders),
+        annotations=",".join(f"{folder}/annotations_{split}.json" for folder in folders),
+        list=f"{JUDGE.ROOT}/small_objects_{split}.txt",
+    )  # fmt: skip
+
+
+def _figures(all_: dict[str, str]) -> dict[str, str]:
+    return {name: caption for name, caption in all_.items() if name.split("/")[0] in TASKS} | {
+        "localization/pointing": "pointing"
+    }
+
+
+def _judge_objects() -> lib.ConfigDict:
+    """Objects of VOC inside the photos: those of COCO tell trained networks from untrained ones too little."""
+    c = PHOTOS.get_study("objects").judge()
+    for split in ("train", "test"):
+        names = "train" if split == "train" else "val"
+        c.tasks.classify[split] = lib.source(
+            "folder", roots=(f"{JUDGE.ROOT}/voc_scenes/images",),
+            annotations=f"{JUDGE.ROOT}/voc_scenes/annotations_{names}.json",
+        )  # fmt: skip
+    return c
