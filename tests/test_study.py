@@ -67,6 +67,7 @@ def row(name: str, seed: int, **figures: float) -> dict:
 
 GROUPS = {"scenes": ":small,clutter,plain,pairs,local,maps,regions,weights,schedule",
           "cutouts": ":long,plain,pairs,local,maps,regions,weights,schedule",
+          "small_objects": ":long,plain,pairs,local,maps,regions,weights,schedule",
           "photos": ":long,plain,pairs,local,weights,maps"}  # fmt: skip
 
 
@@ -117,8 +118,9 @@ def test_the_variant_for_small_objects_guides_as_the_row_that_its_table_names():
     assert row["data"]["canvas"] == shipped["data"]["canvas"]
 
 
-def test_objects_judges_the_same_networks_by_their_objects():
-    photos, objects = (study_plan.load(f"{ROOT}/configs/studies/photos.py{end}") for end in ("", ":objects"))
+@pytest.mark.parametrize("name", ["photos", "small_objects"])
+def test_objects_judges_the_same_networks_by_their_objects(name):
+    photos, objects = (study_plan.load(f"{ROOT}/configs/studies/{name}.py{end}") for end in ("", ":objects"))
     assert list(photos.rows) == list(objects.rows)
     for name in photos.rows:
         one, other = (study_plan.digest(study_plan.configuration(s, Run(name, 0))) for s in (photos, objects))
@@ -127,7 +129,7 @@ def test_objects_judges_the_same_networks_by_their_objects():
     assert study_plan.judge_digest(photos) != study_plan.judge_digest(objects)
 
 
-@pytest.mark.parametrize("name", ["photos", "scenes", "cutouts"])
+@pytest.mark.parametrize("name", ["photos", "scenes", "cutouts", "small_objects"])
 def test_runs_of_a_study_have_the_curve_that_its_report_draws(name):
     plan = study_plan.load(f"{ROOT}/configs/studies/{name}.py")
     c = study_plan.configuration(plan, Run(plan.baseline, 0))

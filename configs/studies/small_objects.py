@@ -1,13 +1,13 @@
 """Real photos whose objects are all small: what does guidance add where boxes say that there is room?
 
-for split in train val; do
-  python launch/list_small_objects.py --largest=0.15 --out=$SALCL_DATA/small_objects_$split.txt \
-    --annotations=$SALCL_DATA/coco_scenes/annotations_$split.json,$SALCL_DATA/voc_scenes/annotations_$split.json
+export SALCL_DATA=DIR  # that of configs/judge.py
+for s in train val; do
+  python launch/list_small_objects.py --largest=0.15 --out=$SALCL_DATA/small_objects_$s.txt \
+    --annotations=$SALCL_DATA/coco_scenes/annotations_$s.json,$SALCL_DATA/voc_scenes/annotations_$s.json
 done
-SALCL_DATA=DIR python -m salcl_jax.study --study=configs/studies/small_objects.py:long,maps --workdir=DIR --jobs=2
-The folder SALCL_DATA is that of configs/judge.py. Variants, joined by commas: objects (the same networks, judged
-by VOC's annotated objects instead of whole photos), and those of scenes.py, whose dials of the scenes change
-nothing here.
+python -m salcl_jax.study --study=configs/studies/small_objects.py:long,maps --workdir=DIR --jobs=2
+variants, joined by commas: objects (the same networks, judged by VOC's annotated objects instead of whole
+photos), and those of scenes.py, whose dials of the scenes change nothing here
 Results: RESULTS.md.
 """
 
@@ -61,12 +61,11 @@ def _figures(all_: dict[str, str]) -> dict[str, str]:
 
 
 def _judge_objects() -> lib.ConfigDict:
-    """Objects of VOC inside the photos: those of COCO tell trained networks from untrained ones too little."""
+    """VOC's objects inside the photos: by COCO's, trained networks are hardly told from untrained ones."""
     c = PHOTOS.get_study("objects").judge()
-    for split in ("train", "test"):
-        names = "train" if split == "train" else "val"
-        c.tasks.classify[split] = lib.source(
-            "folder", roots=(f"{JUDGE.ROOT}/voc_scenes/images",),
-            annotations=f"{JUDGE.ROOT}/voc_scenes/annotations_{names}.json",
-        )  # fmt: skip
+    folder = f"{JUDGE.ROOT}/voc_scenes"
+    for part, split in (("train", "train"), ("test", "val")):
+        c.tasks.classify[part] = lib.source(
+            "folder", roots=(f"{folder}/images",), annotations=f"{folder}/annotations_{split}.json"
+        )
     return c
