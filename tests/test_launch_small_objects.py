@@ -64,6 +64,8 @@ def test_the_study_trains_on_them_alone(tmp_path, monkeypatch):
     source = sources.open_source(plan.config().data.train.to_dict())
     assert [Path(source.place(i)).name for i in range(len(source))] == ["small.png", "vsmall.png"]
     assert [len(source.read(i)["boxes"]) for i in range(len(source))] == [2, 2]
+    all_ = study_plan.load(f"{ROOT}/configs/studies/small_objects.py:long,maps,all").config()
+    assert len(sources.open_source(all_.data.train.to_dict())) == 8
 
 
 def test_what_is_wrong_is_named(tmp_path):

@@ -6,8 +6,9 @@ for s in train val; do
     --annotations=$SALCL_DATA/coco_scenes/annotations_$s.json,$SALCL_DATA/voc_scenes/annotations_$s.json
 done
 python -m salcl_jax.study --study=configs/studies/small_objects.py:long,maps --workdir=DIR --jobs=2
-variants, joined by commas: objects (the same networks, judged by VOC's annotated objects instead of whole
-photos), and those of scenes.py, whose dials of the scenes change nothing here
+variants, joined by commas: all (all photos of the two folders, trained on as these are), objects (the same
+networks, judged by VOC's annotated objects instead of whole photos), and those of scenes.py, whose dials of the
+scenes change nothing here
 Results: RESULTS.md.
 """
 
@@ -24,7 +25,7 @@ TASKS = ("linear", "knn", "multilabel", "voc_svm", "localization")
 def get_study(variant: str = "") -> Study:
     """Rows and training of the built-in scenes' study, the photos and the judge of the photos' study."""
     named = variant.split(",") if variant else []
-    like = SCENES.get_study(",".join(name for name in named if name != "objects"))
+    like = SCENES.get_study(",".join(name for name in named if name not in ("all", "objects")))
     photos = PHOTOS.get_study()
     question = f"Photos of small objects{f', {variant}' if variant else ''}: what does guidance add?"
 
@@ -32,6 +33,8 @@ def get_study(variant: str = "") -> Study:
         c, other = like.config(), photos.config()
         c.data, c.eval = other.data, other.eval
         c.data.train = _small("train")
+        if "all" in named:
+            c.data.train.list = ""
         return c
 
     def judge() -> lib.ConfigDict:
