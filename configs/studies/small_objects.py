@@ -6,9 +6,9 @@ for s in train val; do
     --annotations=$SALCL_DATA/coco_scenes/annotations_$s.json,$SALCL_DATA/voc_scenes/annotations_$s.json
 done
 python -m salcl_jax.study --study=configs/studies/small_objects.py:long,maps --workdir=DIR --jobs=2
-variants, joined by commas: all (all photos of the two folders, trained on as these are), objects (the same
-networks, judged by VOC's annotated objects instead of whole photos), and those of scenes.py, whose dials of the
-scenes change nothing here
+variants, joined by commas: all (trains on all photos of the two folders instead), objects (the same networks,
+judged by VOC's annotated objects instead of whole photos), and those of scenes.py, whose dials of the scenes
+change nothing here
 Results: RESULTS.md.
 """
 
