@@ -29,7 +29,8 @@ REGIONS = {
 }
 # Guided rows whose operations plain BYOL is also given, as further steps.
 MATCHED = ("zoom", "border23_clip")
-CLIP = {"saliency.clip": 1.0, "roi.min_peak": 0.8}
+CLIP = {"saliency.source": "border", "saliency.stages": ("stage2", "stage3"), "saliency.clip": 1.0,
+        "roi.min_peak": 0.8}  # fmt: skip
 DRAWN = ("saliency.source", "saliency.stages")
 
 
@@ -88,8 +89,9 @@ def _core() -> dict[str, Change]:
 
 
 def _plain() -> dict[str, Change]:
-    """BYOL deserves tuning too: crop scale and learning rate."""
+    """BYOL deserves tuning too: crop scale and learning rate; and the guided row with that rate."""
     return {
+        "border23_clip_lr_double": _zoom(**CLIP, **{"roi.level": 0.5, "optim.lr": 0.016}),
         "byol_area05": plain(**{"crops.area": (0.05, 0.4)}),
         "byol_area08": plain(**{"crops.area": (0.08, 1.0)}),
         "byol_area40": plain(**{"crops.area": (0.4, 1.0)}),
@@ -140,8 +142,8 @@ def _maps() -> dict[str, Change]:
         "border3": drawn("border", "stage3"),
         "border23": drawn("border", "stage2", "stage3"),
         "border23_level": drawn("border", "stage2", "stage3", **{"roi.level": 0.5}),
-        "border23_clip": drawn("border", "stage2", "stage3", **CLIP, **{"roi.level": 0.5}),
-        "border23_clip_wide": drawn("border", "stage2", "stage3", **CLIP),
+        "border23_clip": _zoom(**CLIP, **{"roi.level": 0.5}),
+        "border23_clip_wide": _zoom(**CLIP),
         "similarity4": drawn("similarity", "stage4"),
         "contrast4": drawn("contrast", "stage4"),
         "gradcam4": drawn("gradcam", "stage4"),
