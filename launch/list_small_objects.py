@@ -36,7 +36,7 @@ def main() -> None:
     for path in map(pathlib.Path, args.annotations.split(",")):
         try:
             found, photos = small(path, args.largest)
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, ZeroDivisionError) as error:
             raise SystemExit(f"error: {path}: {error!r}; give JSON files in COCO's layout") from None
         print(f"{path}: {len(found)} of {photos} photos")
         names += found

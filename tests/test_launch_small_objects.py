@@ -72,10 +72,12 @@ def test_what_is_wrong_is_named(tmp_path):
     for flags, words in ((["--largest=1"], "--largest=1.0"), (["--largest=0.01"], "no photo is left")):
         done = listed(tmp_path, *flags)
         assert done.returncode == 1 and words in done.stderr and "Traceback" not in done.stderr
-    (tmp_path / "voc_scenes/annotations_train.json").write_text("[]")
-    done = listed(tmp_path)
-    assert done.returncode == 1 and "voc_scenes/annotations_train.json" in done.stderr
-    assert "Traceback" not in done.stderr
+    whole = (tmp_path / "voc_scenes/annotations_train.json").read_text()
+    for text in ("[]", whole.replace('"width": 40', '"width": 0')):
+        (tmp_path / "voc_scenes/annotations_train.json").write_text(text)
+        done = listed(tmp_path)
+        assert done.returncode == 1 and "voc_scenes/annotations_train.json" in done.stderr
+        assert "Traceback" not in done.stderr
     (tmp_path / "voc_scenes/annotations_train.json").unlink()
     done = listed(tmp_path)
     assert done.returncode == 1 and "voc_scenes/annotations_train.json" in done.stderr
