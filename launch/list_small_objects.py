@@ -42,7 +42,10 @@ def main() -> None:
         names += found
     if not names:
         raise SystemExit(f"error: --largest={args.largest}: no photo is left; give more")
-    args.out.write_text("\n".join(names) + "\n")
+    try:
+        args.out.write_text("\n".join(names) + "\n")
+    except OSError as error:
+        raise SystemExit(f"error: --out={args.out}: {error.strerror}") from None
 
 
 if __name__ == "__main__":

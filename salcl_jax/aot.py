@@ -93,8 +93,11 @@ def compile_step(config: Any, mesh: Mesh) -> Step:
 
 
 def flops_of_step(config: Any) -> float:
-    """Operations of a training step before the compiler changes it; a loop's body counts once."""
-    lowered, _ = _lower(config, sharding.make_mesh())
+    """Operations of a training step before the compiler changes it; a loop's body counts once.
+
+    Counted for one CPU device: the runtimes of accelerators do not say before they compile.
+    """
+    lowered, _ = _lower(config, sharding.make_mesh(jax.devices("cpu")[:1]))
     return config.accumulate * lowered.cost_analysis()["flops"]
 
 

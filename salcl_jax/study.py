@@ -9,6 +9,7 @@ done; the report names them), 75 told to terminate (start again to continue).
 import contextlib
 import json
 import os
+import platform
 import signal
 import subprocess
 import sys
@@ -44,6 +45,7 @@ def main(_: list[str]) -> None:
                 raise ConfigError(f"--run={_RUN.value}: no such run; they are named ROW-SEED")
             if _CORES.value:
                 os.sched_setaffinity(0, map(int, _CORES.value))
+            _keep_the_cpu()
             cli.start("none")
             sys.exit(_run_here(study, run, Path(_WORKDIR.value)))
         code = 0 if _REPORT.value else _run_all(study, Path(_WORKDIR.value))
@@ -60,6 +62,15 @@ def _leave_the_accelerator() -> None:
     import jax
 
     jax.config.update("jax_platforms", "cpu")
+
+
+def _keep_the_cpu() -> None:
+    """Operations are counted for a CPU, also where JAX_PLATFORMS names an accelerator alone."""
+    import jax
+
+    named = jax.config.jax_platforms
+    if named and "cpu" not in named.split(","):
+        jax.config.update("jax_platforms", f"{named},cpu")
 
 
 def folder(workdir: Path, run: study_plan.Run, config: Any) -> Path:
@@ -97,20 +108,26 @@ class Flops:
             from salcl_jax import aot
 
             known[name] = aot.flops_of_step(config)
+            self.path.parent.mkdir(parents=True, exist_ok=True)
             _write(self.path, known)
         return known[name]
 
 
 def _run_here(study: study_plan.Study, run: study_plan.Run, workdir: Path) -> int:
     """Train and judge one run; returns the exit code."""
+    import jax
+
     from salcl_jax import evaluate, train
+    from salcl_jax.data import sources
 
     flops = Flops(workdir)
     config = study_plan.configuration(study, run, flops)
     place = folder(workdir, run, config)
-    began = time.monotonic()
     try:
+        flops_per_step = flops(config)
+        photos = sources.open_source(config.data.train.to_dict()).digest()
         summary = train.train(config, str(place))
+        began = time.monotonic()
         judge = study.judge()
         judge.seed = run.seed
         base = study_plan.configuration(study, study_plan.Run(study.baseline, run.seed))
@@ -130,9 +147,10 @@ def _run_here(study: study_plan.Study, run: study_plan.Run, workdir: Path) -> in
             found |= rows.get(subject, {})
     _write(judgement(study, place).with_suffix(".json"), {
         "config": study_plan.digest(config), "judge": study_plan.judge_digest(study),
-        "steps": summary["steps"], "images": summary["images"], "flops_per_step": flops(config),
-        "train_seconds": round(summary["seconds"], 1), "seconds": round(time.monotonic() - began, 1),
-        "devices": summary["devices"], "figures": figures["trained"], "untrained": figures["untrained"],
+        "steps": summary["steps"], "images": summary["images"], "flops_per_step": flops_per_step,
+        "train_seconds": round(summary["seconds"], 1), "judge_seconds": round(time.monotonic() - began, 1),
+        "devices": summary["devices"], "host": platform.node(), "jax": jax.__version__, "photos": photos,
+        "figures": figures["trained"], "untrained": figures["untrained"],
         "online": summary["final"],
     })  # fmt: skip
     return 0
@@ -143,7 +161,9 @@ def _run_all(study: study_plan.Study, workdir: Path) -> int:
     (workdir / "runs").mkdir(parents=True, exist_ok=True)
     flops = Flops(workdir)
     grid = study_plan.runs(study)
-    done = {(row["row"], row["seed"]) for row in finished(study, workdir)}
+    rows = finished(study, workdir)
+    done = {(row["row"], row["seed"]) for row in rows}
+    _look_for_other_photos(study, rows, flops)
     waiting, seen = [], set()
     for run in grid:
         name = study_plan.digest(study_plan.configuration(study, run, flops))
@@ -168,6 +188,22 @@ def _run_all(study: study_plan.Study, workdir: Path) -> int:
             time.sleep(0.2)
         stopped |= told()
     return peers.AGAIN if stopped else FAILED if failed else 0
+
+
+def _look_for_other_photos(study: study_plan.Study, rows: list[dict], flops: Flops) -> None:
+    """Say which finished runs learnt from photos that are not those of today: names of files do not tell."""
+    from salcl_jax.data import sources
+
+    today = {}
+    for row in rows:
+        source = study_plan.configuration(study, study_plan.Run(row["row"], row["seed"]), flops).data.train
+        name = source.to_json(sort_keys=True)
+        if name not in today:
+            with contextlib.suppress(OSError, ValueError):  # not here: nothing to compare with
+                today[name] = sources.open_source(source.to_dict()).digest()
+        if row.get("photos") and row["photos"] != today.get(name, row["photos"]):
+            cli.say(f"{row['row']}-{row['seed']}: the photos have changed since; to train on those of today, "
+                    f"delete {row['folder']}")  # fmt: skip
 
 
 class _Ended:
@@ -199,16 +235,23 @@ def _pool(workdir: Path) -> Iterator[tuple]:
                 command, stdout=log, stderr=subprocess.STDOUT, env=_environment(), start_new_session=True
             )
         ended.running[run] = process, slot
+        if signals:  # told while it was being started
+            process.terminate()
 
     def tell(number: int, frame: Any) -> None:
         signals.append(number)
         for process, _ in ended.running.values():
             process.terminate()
 
-    before = {number: signal.signal(number, tell) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup: a closed terminal does not matter
+        numbers.append(signal.SIGHUP)
+    before = {number: signal.signal(number, tell) for number in numbers}
     try:
         yield start, ended, lambda: bool(signals)
     finally:
+        for process, _ in ended.running.values():  # after an error here: nobody would wait for them
+            process.terminate()
         for number, handler in before.items():
             signal.signal(number, handler)
 
@@ -246,6 +289,8 @@ def _write(path: Path, value: Any) -> None:
 
 def _check(rest: list[str]) -> None:
     cli.nothing_else(rest)
+    if "://" in _WORKDIR.value:
+        raise flags.Error(f"--workdir={_WORKDIR.value}: a study writes to a disk; give a folder")
     cli.writable("workdir", _WORKDIR.value)
 
 

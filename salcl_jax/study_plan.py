@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import inspect
 import json
 import os
 from collections.abc import Callable, Mapping
@@ -79,10 +80,17 @@ def load(path: str) -> Study:
     file, _, variant = path.partition(":")
     if not os.path.isfile(file):
         raise config_lib.ConfigError(f"--study={path}: no such file from {os.getcwd()}")
-    module = config_lib.load_module(file)
-    if not hasattr(module, "get_study"):
-        raise config_lib.ConfigError(f"--study={path}: has no get_study()")
-    study = module.get_study(variant) if variant else module.get_study()
+    try:
+        module = config_lib.load_module(file)
+        if not hasattr(module, "get_study"):
+            raise config_lib.ConfigError("has no get_study()")
+        if variant and not inspect.signature(module.get_study).parameters:
+            raise config_lib.ConfigError(f"variant '{variant}' is unknown; this study has none")
+        study = module.get_study(variant) if variant else module.get_study()
+        study.config()
+    except Exception as error:  # a study's file raises what it likes
+        kind = "" if isinstance(error, config_lib.ConfigError) else f"{type(error).__name__}: "
+        raise config_lib.ConfigError(f"--study={path}: {kind}{error}") from error
     _check(study, path)
     return study
 

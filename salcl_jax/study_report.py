@@ -55,13 +55,13 @@ def write(study: Any, rows: list[dict], out: Path, command: str) -> str:
 def _csv(rows: list[dict], path: Path) -> None:
     """One line a run: what it was, what it cost, all figures."""
     plain = ("row", "seed", "config", "judge", "steps", "images", "flops_per_step", "train_seconds",
-             "seconds", "devices")  # fmt: skip
+             "judge_seconds", "devices", "host", "jax", "photos")  # fmt: skip
     names = sorted({name for row in rows for name in row["figures"]})
     with open(path, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow([*plain, *names])
         for row in rows:
-            writer.writerow([*(row[name] for name in plain), *(row["figures"].get(n, "") for n in names)])
+            writer.writerow([*(row.get(name, "") for name in plain), *(row["figures"].get(n, "") for n in names)])
 
 
 def table(study: Any, rows: list[dict]) -> str:
@@ -113,11 +113,14 @@ def _student(n: int) -> float:
 
 
 def _notes(study: Any, rows: list[dict]) -> list[str]:
+    hosts = sorted({row["host"] for row in rows if row.get("host")})
+    mixed = f"- From {len(hosts)} machines ({', '.join(hosts)}): one seed gives other figures on each."
     return [
         f"Mean ± standard error over seeds; in brackets the difference to {study.baseline} of the same seed, "
         "bold where its 95 % interval (Student's t) leaves out 0. FLOPs: of the whole training, in those of "
         f"{study.baseline}.", *(f"- `{row}`: the fields of {own} with the operations of {other}"
                                 for row, (own, other) in study.matched.items()),
+        *([mixed] if len(hosts) > 1 else []),
     ]  # fmt: skip
 
 

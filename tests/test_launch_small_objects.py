@@ -72,6 +72,9 @@ def test_what_is_wrong_is_named(tmp_path):
     for flags, words in ((["--largest=1"], "--largest=1.0"), (["--largest=0.01"], "no photo is left")):
         done = listed(tmp_path, *flags)
         assert done.returncode == 1 and words in done.stderr and "Traceback" not in done.stderr
+    done = listed(tmp_path, f"--out={tmp_path}/none/small.txt")
+    assert done.returncode == 1 and "none/small.txt: No such file" in done.stderr
+    assert "Traceback" not in done.stderr
     whole = (tmp_path / "voc_scenes/annotations_train.json").read_text()
     for text in ("[]", whole.replace('"width": 40', '"width": 0')):
         (tmp_path / "voc_scenes/annotations_train.json").write_text(text)

@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -11,12 +12,13 @@ import time
 from collections import Counter
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from scipy import stats
 
 from salcl_jax import config as lib
-from salcl_jax import config_record, study_plan, study_report
+from salcl_jax import aot, config_record, study_plan, study_report
 from salcl_jax.data import sources
 from salcl_jax.study_plan import Run, Study
 
@@ -39,6 +41,7 @@ def lost(c):
 def get_study():
     return Study(question="Anything?", config=config, rows={{"byol": lib.plain_byol, "guided": lambda c: None,
                  "same": lib.plain_byol, "lost": lost}}, baseline="byol", judge=config, seeds=(3,),
+                 matched={{"more": ("byol", "guided")}},
                  tasks=("knn", "localization"),
                  figures={{"knn/top1": "k-NN", "localization/corloc": "CorLoc"}})
 """
@@ -60,7 +63,7 @@ def row(name: str, seed: int, **figures: float) -> dict:
     return {
         "row": name, "seed": seed, "config": "c", "judge": "j", "steps": 10, "images": 160,
         "devices": "1 x cpu",
-        "flops_per_step": 1e6 if name == "byol" else 1.2e6, "train_seconds": 1.0, "seconds": 2.0,
+        "flops_per_step": 1e6 if name == "byol" else 1.2e6, "train_seconds": 1.0, "judge_seconds": 2.0,
         "figures": figures, "untrained": {}, "folder": "nowhere",
     }  # fmt: skip
 
@@ -180,6 +183,44 @@ def test_a_grid_that_cannot_run_is_refused(fields, words):
         study_plan._check(study(**fields), "x.py")
 
 
+@pytest.mark.parametrize("text, words", [
+    ("scenes.py:small,map", "scenes.py:small,map: variant 'map' is unknown; this config has: clean, clutter, "),
+    ("photos.py:map", "photos.py:map: variant 'map' is unknown; this config has: local, long, maps, objects, "),
+    ("small_objects.py:map", "variant 'map' is unknown"),
+    ("smoke.py:long", "smoke.py:long: variant 'long' is unknown; this study has none"),
+    ("nonesuch.py", "nonesuch.py: no such file from "),
+])  # fmt: skip
+def test_a_variant_that_is_not_there_is_named_with_those_that_are(text, words):
+    with pytest.raises(lib.ConfigError, match=re.escape(words)) as raised:
+        study_plan.load(f"{ROOT}/configs/studies/{text}")
+    assert "row" not in str(raised.value)
+
+
+def test_an_error_in_the_file_of_a_study_is_one_line(tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text("def get_study():\n    return nothing\n")
+    with pytest.raises(lib.ConfigError, match=f"{file}: NameError: name 'nothing' is not defined"):
+        study_plan.load(str(file))
+
+
+def test_operations_are_counted_for_a_cpu_whatever_trains(monkeypatch):
+    """The runtimes of accelerators give no count before they compile."""
+    meshes = []
+    lower = aot._lower
+    monkeypatch.setattr(aot, "_lower", lambda c, mesh: meshes.append(mesh) or lower(c, mesh))
+    monkeypatch.setattr(jax, "devices", lambda kind="gpu", found=jax.devices: found(kind))
+    assert aot.flops_of_step(small()) > 1e9
+    assert [device.platform for device in meshes[0].devices.flat] == ["cpu"]
+
+
+def test_the_report_says_which_machines_its_rows_come_from(tmp_path):
+    rows = [row("byol", seed, **{"knn/top1": 0.4}) | {"host": host} for seed, host in enumerate(("a", "b"))]
+    study_report.write(study(), rows[:1], tmp_path, "command")
+    assert "machines" not in (tmp_path / "report.md").read_text()
+    study_report.write(study(), rows, tmp_path, "command")
+    assert "From 2 machines (a, b)" in (tmp_path / "report.md").read_text()
+
+
 def test_the_order_has_whole_comparisons_first():
     plan = study(seeds=(4, 5), matched={"more": ("byol", "guided")})
     grid = [Run(name, seed) for seed in (4, 5) for name in ("byol", "guided", "more")]
@@ -259,6 +300,24 @@ def ended(process):
     return process.returncode, out, err
 
 
+@pytest.mark.parametrize("flags, words", [
+    (("smoke.py", "--workdir=gs://bucket/studies"), "a study writes to a disk; give a folder"),
+    (("smoke.py:long", "--workdir=DIR"), "variant 'long' is unknown; this study has none"),
+    (("smoke.py", "--workdir=DIR", "--run=guided-9"), "--run=guided-9: no such run"),
+])  # fmt: skip
+def test_what_is_wrong_with_the_command_is_one_line(tmp_path, flags, words):
+    file, *rest = (flag.replace("DIR", str(tmp_path)) for flag in flags)
+    code, _, err = ended(start(f"--study={ROOT}/configs/studies/{file}", *rest))
+    assert code == 2 and words in err and "Traceback" not in err, err
+
+
+def test_a_report_of_nothing_is_none(tmp_path):
+    work = tmp_path / "new"  # a matched row counts operations, and keeps them there
+    command = (f"--study={ROOT}/configs/studies/smoke.py", f"--workdir={work}", "--report_only")
+    code, out, err = ended(start(*command))
+    assert code == 0 and not out and "Traceback" not in err, err
+
+
 def test_a_study_stops_continues_and_does_nothing_twice(tmp_path):
     file, work = tmp_path / "check.py", tmp_path / "work"
     lost = tmp_path / "photos"
@@ -267,24 +326,34 @@ def test_a_study_stops_continues_and_does_nothing_twice(tmp_path):
     process = start(*command)
     logs = work / "logs" / "byol-3.txt"
     deadline = time.monotonic() + 200
-    while not (logs.exists() and "1 of 1 cpu" in logs.read_text()) and time.monotonic() < deadline:
+    while not (logs.exists() and "step 1/" in logs.read_text()) and time.monotonic() < deadline:
         time.sleep(0.1)
     process.send_signal(signal.SIGTERM)
     code, _, err = ended(process)
     assert code == 75, err
     code, out, err = ended(start(*command))
-    assert code == 70 and "4 runs, 3 to do" in err and "lost-3: ended with" in err, err
+    assert code == 70 and "5 runs, 4 to do" in err and "lost-3: ended with" in err, err
+    assert logs.read_text().count("total encoder") == 1  # the second start went on from what was saved
     assert "no such folder" in (work / "logs" / "lost-3.txt").read_text()
     with open(work / "check" / "results.csv") as lines:
         rows = list(csv.DictReader(lines))
-    assert [r["row"] for r in rows] == ["byol", "guided", "same"]
+    assert [r["row"] for r in rows] == ["byol", "guided", "same", "more"]
+    more = float(rows[1]["flops_per_step"]) / float(rows[0]["flops_per_step"]) * int(rows[0]["steps"])
+    assert int(rows[3]["steps"]) == round(more) > int(rows[0]["steps"])
     assert rows[0]["config"] == rows[2]["config"] and rows[0]["knn/top1"] == rows[2]["knn/top1"]
     assert float(rows[1]["flops_per_step"]) > float(rows[0]["flops_per_step"])
-    folders = sorted((work / "runs").glob("*-3-*"))
     evals = [json.loads(p.read_text()) for p in (work / "runs").glob("*/judged-*/eval.json")]
     found = {f"{e['results']['knn']['trained']['knn/top1']:.6f}" for e in evals}
     assert {f"{float(r['knn/top1']):.6f}" for r in rows} == found
-    assert sorted("untrained" in e["results"]["knn"] for e in evals) == [False, True]  # once a seed
+    assert sorted("untrained" in e["results"]["knn"] for e in evals) == [False, False, True]  # once a seed
     assert "| guided | 1 | 4 |" in out and (work / "check" / "over_flops.png").stat().st_size > 5000
     code, again, err = ended(start(*command, "--report_only"))
-    assert code == 0 and again == out and len(folders) >= 2
+    assert code == 0 and again == out
+    first = next((work / "runs").glob("byol-3-*"))
+    row = next(first.glob("judged-*.json"))
+    changed = json.loads(row.read_text()) | {"photos": "others"}
+    row.write_text(json.dumps(changed))
+    code, out, err = ended(start(*command))
+    assert code == 70 and "5 runs, 1 to do" in err, err
+    assert f"byol-3: the photos have changed since; to train on those of today, delete {first}" in err
+    assert json.loads(row.read_text()) == changed

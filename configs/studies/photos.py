@@ -35,14 +35,14 @@ def get_study(variant: str = "") -> Study:
     rows = {"byol": lib.plain_byol} | _core()
     for name in named:
         rows |= groups[name]() if name in groups else {}
-    turned = ",".join(name for name in named if name not in groups and name != "objects")
+    known = dict.fromkeys([*groups, "objects"], lambda c: None) | {"long": _long}
     tasks = ("linear", "knn", "multilabel", "voc_svm", "segmentation", "localization")
     judged = {"judge": _judge, "tasks": tasks, "figures": FIGURES}
     if "objects" in named:
         judged = {"judge": _judge_objects, "tasks": ("linear", "knn"), "figures": OBJECTS}
     return Study(
         question=f"Scene photos{f', {variant}' if variant else ''}: what does guidance add to plain crops?",
-        config=lambda: lib.apply_variants(_config(), turned, {"long": _long}),
+        config=lambda: lib.apply_variants(_config(), variant, known),
         rows=rows,
         baseline="byol",
         **judged,
@@ -90,7 +90,7 @@ def _judge() -> lib.ConfigDict:
     c = JUDGE.get_config()
     c.tasks.linear.protocol, c.tasks.linear.subsets = "lbfgs", ("fold_1pct=0..4", "fold_10pct=0..4")
     c.tasks.voc_svm.shots = ()
-    c.tasks.baselines = ()
+    c.tasks.baselines = ("untrained",)
     c.tasks.localization.test = lib.source(
         "folder", roots=_folders("coco", "voc"), annotations=_annotations("val")
     )

@@ -44,10 +44,10 @@ def get_study(variant: str = "") -> Study:
     rows = {"byol": lib.plain_byol} | _core()
     for name in named:
         rows |= groups[name]() if name in groups else {}
-    turned = ",".join(name for name in named if name not in groups)
+    known = dict.fromkeys(groups, lambda c: None) | dials
 
     def config() -> lib.ConfigDict:
-        return lib.apply_variants(_config(), turned, dials)
+        return lib.apply_variants(_config(), variant, known)
 
     return Study(
         question=f"Built-in scenes{f', {variant}' if variant else ''}: what does guidance add?",
