@@ -14,8 +14,8 @@ def get_config(variant: str = "") -> lib.ConfigDict:
     c.total_epochs, c.total_steps = 0, 400
     c.optim.lr = 0.008
     c.saliency.source, c.saliency.stages = "activation", ("stage2", "stage3")  # objects lie anywhere here
-    # Covering pairs keep the map, jittered copies cost it; beside `zoom` better by one seed alone: RESULTS.md,
-    # "Built-in scenes with larger objects" and the end of the first section.
+    # Covering pairs keep the map, jittered copies cost it; better than `zoom` by one seed alone (RESULTS.md,
+    # "Built-in scenes with larger objects" and the end of the first section).
     c.pairs.mix.cover, c.pairs.mix.roi_jitter = 0.4, 0.4
     c.weights.mode = "none"
     c.guidance.start, c.guidance.full = 0.02, 0.05

@@ -61,7 +61,8 @@ def _csv(rows: list[dict], path: Path) -> None:
         writer = csv.writer(file)
         writer.writerow([*plain, *names])
         for row in rows:
-            writer.writerow([*(row.get(name, "") for name in plain), *(row["figures"].get(n, "") for n in names)])
+            values = {**{name: row.get(name, "") for name in plain}, **row["figures"]}
+            writer.writerow([values.get(name, "") for name in (*plain, *names)])
 
 
 def table(study: Any, rows: list[dict]) -> str:

@@ -17,8 +17,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from salcl_jax import config as lib
 from salcl_jax import aot, config_record, study_plan, study_report
+from salcl_jax import config as lib
 from salcl_jax.data import sources
 from salcl_jax.study_plan import Run, Study
 
@@ -184,8 +184,8 @@ def test_a_grid_that_cannot_run_is_refused(fields, words):
 
 
 @pytest.mark.parametrize("text, words", [
-    ("scenes.py:small,map", "scenes.py:small,map: variant 'map' is unknown; this config has: clean, clutter, "),
-    ("photos.py:map", "photos.py:map: variant 'map' is unknown; this config has: local, long, maps, objects, "),
+    ("scenes.py:small,map", "scenes.py:small,map: variant 'map' is unknown; this config has: clean, clutter"),
+    ("photos.py:map", "photos.py:map: variant 'map' is unknown; this config has: local, long, maps"),
     ("small_objects.py:map", "variant 'map' is unknown"),
     ("smoke.py:long", "smoke.py:long: variant 'long' is unknown; this study has none"),
     ("nonesuch.py", "nonesuch.py: no such file from "),
