@@ -73,10 +73,10 @@ def base() -> ConfigDict:
     c.augment.view2 = _augmentation(blur_prob=0.1, solarize_prob=0.2)  # of the second
 
     c.saliency = ConfigDict()  # the map; computed in every step from the model itself
-    c.saliency.source = "activation"  # none|activation|border|similarity|contrast|gradcam|attention
+    c.saliency.source = "border"  # none|activation|border|similarity|contrast|gradcam|attention; see RESULTS.md
     c.saliency.branch = "target"  # network that draws it: target | online
     c.saliency.size = 112  # side in pixels of the canvas it sees
-    c.saliency.stages = ("stage4",)  # stages fused into the map; a finer one adds detail
+    c.saliency.stages = ("stage3",)  # stages fused into the map; a finer one adds detail
     c.saliency.fuse = "product"  # product | mean
     c.saliency.statistic = "sum"  # activation: sum | norm over channels
     c.saliency.clip = 0.0  # border: what a step is shortened by, in the photo's mean smallest steps
@@ -237,7 +237,6 @@ def small(c: ConfigDict) -> None:
     c.crops.size = 48
     c.crops.area = (0.15, 1.0)
     c.saliency.size = 64
-    c.saliency.source, c.saliency.stages = "border", ("stage3",)  # of photos, the best: RESULTS.md
     c.loss.name = "infonce"
     c.optim.name = "adamw"
     c.optim.lr = 0.004

@@ -105,11 +105,12 @@ def test_the_variant_for_clutter_trains_as_the_row_that_its_table_names():
 def test_the_row_of_photos_named_as_what_ships_has_its_pairs_and_weights():
     plan = study_plan.load(f"{ROOT}/configs/studies/photos.py:weights")
     row = study_plan.configuration(plan, Run("cover_geometric", 0))
-    shipped = lib.load_module(str(ROOT / "configs" / "folder.py")).get_config()
-    assert row.weights.to_dict() == shipped.weights.to_dict()
-    assert row.pairs.mix.to_dict() == shipped.pairs.mix.to_dict()
-    for name in ("source", "stages", "branch", "size"):
-        assert row.saliency[name] == shipped.saliency[name]
+    for name, variant in (("folder", ""), ("folder", "resnet50"), ("coco", ""), ("imagenet", "")):
+        shipped = lib.load_module(str(ROOT / "configs" / f"{name}.py")).get_config(variant)
+        assert row.weights.to_dict() == shipped.weights.to_dict()
+        assert row.pairs.mix.to_dict() == shipped.pairs.mix.to_dict()
+        for field in ("source", "stages", "branch"):
+            assert row.saliency[field] == shipped.saliency[field]
 
 
 def test_the_variant_for_small_objects_guides_as_the_row_that_its_table_names():
