@@ -3,8 +3,9 @@
 python -m salcl_jax.main --config=configs/coco.py --workdir=DIR --config.data.train.data_dir=gs://BUCKET/tfds
 variants: coco_plus (train2017 + unlabeled2017 from folders), lars (BYOL's optimizer), two_cores (small
 network and crops), smoke (a few steps of a small network)
-Map, pairs and weights: chosen with small networks (RESULTS.md, "Photos: three seeds", "Photos: which map"), and
-there no better than plain crops with as many FLOPs. Full recipe: not yet run. two_cores on 2,068 photos: see Results in README.md.
+Map, pairs and weights: chosen with small networks, where they are no better than plain crops with as many
+FLOPs (RESULTS.md, "Photos: three seeds", "Photos: which map").
+Full recipe: not yet run. two_cores on 2,068 photos: see Results in README.md.
 """
 
 from salcl_jax import config as lib

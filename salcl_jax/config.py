@@ -73,7 +73,7 @@ def base() -> ConfigDict:
     c.augment.view2 = _augmentation(blur_prob=0.1, solarize_prob=0.2)  # of the second
 
     c.saliency = ConfigDict()  # the map; computed in every step from the model itself
-    c.saliency.source = "border"  # none|activation|border|similarity|contrast|gradcam|attention; see RESULTS.md
+    c.saliency.source = "border"  # none|activation|border|similarity|contrast|gradcam|attention: RESULTS.md
     c.saliency.branch = "target"  # network that draws it: target | online
     c.saliency.size = 112  # side in pixels of the canvas it sees
     c.saliency.stages = ("stage3",)  # stages fused into the map; a finer one adds detail

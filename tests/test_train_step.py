@@ -493,13 +493,13 @@ WAYS = {"roi_jitter": 0.2, "roi_global": 0.2, "roi_center": 0.15, "map_center": 
 EVERY_WAY = {f"pairs.mix.{way}": share for way, share in WAYS.items()}
 CHOICES = {
     **{f"way {w}": {"pairs.mix.cover": 0.0, f"pairs.mix.{w}": 1.0} for w in WAYS},
-    **{f"map {s} {b}": {"saliency.source": s, "saliency.branch": b}
+    **{f"map {s} {b}": {"saliency.source": s, "saliency.branch": b, "saliency.stages": ("stage4",)}
        for s in ("activation", "border", "similarity", "contrast", "gradcam")
        for b in ("target", "online")},
     "map fused, border": {"saliency.source": "border", "saliency.stages": ("stage3", "stage4"),
                           "saliency.clip": 1.0},
-    "map fused": {"saliency.stages": ("stage3", "stage4"), "saliency.fuse": "mean",
-                  "saliency.statistic": "norm"},
+    "map fused": {"saliency.source": "activation", "saliency.stages": ("stage3", "stage4"),
+                  "saliency.fuse": "mean", "saliency.statistic": "norm"},
     **{f"regions {s}": {"roi.source": s} for s in ("random", "center", "ground_truth")},
     **{f"small {s} {i}": {"local.count": 4, "local.source": s, "local.invalid": i}
        for s in ("roi", "random") for i in ("random", "drop")},
@@ -507,10 +507,13 @@ CHOICES = {
        for m in ("none", "product", "geometric", "minimum") for n in ("image", "batch")},
 }  # fmt: skip
 RUN = {
-    "gradcam": {"saliency.source": "gradcam", "weights.mode": "minimum", "pairs.mix.cover": 1.0},
+    "gradcam": {
+        "saliency.source": "gradcam", "saliency.stages": ("stage4",), "weights.mode": "minimum",
+        "pairs.mix.cover": 1.0},
     "similarity, small crops": {
         "pairs.mix.roi_center": 0.5, "saliency.source": "similarity", "saliency.branch": "online",
-        "local.count": 4, "local.invalid": "drop", "weights.normalize": "image", "loss.name": "infonce"},
+        "saliency.stages": ("stage4",), "local.count": 4,
+        "local.invalid": "drop", "weights.normalize": "image", "loss.name": "infonce"},
     "every way, oracle, fused maps": {
         **EVERY_WAY, "roi.source": "ground_truth", "roi.count": 5, "local.count": 2,
         "saliency.stages": ("stage3", "stage4"), "weights.mode": "product"},
