@@ -89,8 +89,9 @@ def _core() -> dict[str, Change]:
 
 
 def _plain() -> dict[str, Change]:
-    """BYOL deserves tuning too: crop scale and learning rate; and the guided row with that rate."""
+    """BYOL deserves tuning too: crop scale and learning rate; and the guided row with each of them."""
     return {
+        "border23_clip_area08": _zoom(**CLIP, **{"roi.level": 0.5, "crops.area": (0.08, 1.0)}),
         "border23_clip_lr_double": _zoom(**CLIP, **{"roi.level": 0.5, "optim.lr": 0.016}),
         "byol_area05": plain(**{"crops.area": (0.05, 0.4)}),
         "byol_area08": plain(**{"crops.area": (0.08, 1.0)}),
