@@ -123,8 +123,9 @@ def _core() -> dict[str, Change]:
 
 
 def _plain() -> dict[str, Change]:
-    """BYOL deserves tuning too: crop scale and learning rate."""
+    """BYOL deserves tuning too: crop scale and learning rate; and the guided row with that rate."""
     return {
+        "zoom_lr_double": guided({"zoom": 0.8}, **{"optim.lr": 0.008}),
         "byol_area08": plain(**{"crops.area": (0.08, 1.0)}),
         "byol_area30": plain(**{"crops.area": (0.3, 1.0)}),
         "byol_lr_half": plain(**{"optim.lr": 0.002}),
