@@ -196,12 +196,14 @@ def _look_for_other_photos(study: study_plan.Study, rows: list[dict], flops: Flo
 
     today = {}
     for row in rows:
+        if not row.get("photos"):
+            continue
         source = study_plan.configuration(study, study_plan.Run(row["row"], row["seed"]), flops).data.train
         name = source.to_json(sort_keys=True)
         if name not in today:
-            with contextlib.suppress(OSError, ValueError):  # not here: nothing to compare with
+            with contextlib.suppress(OSError, ValueError, ImportError):  # not here: nothing to compare
                 today[name] = sources.open_source(source.to_dict()).digest()
-        if row.get("photos") and row["photos"] != today.get(name, row["photos"]):
+        if row["photos"] != today.get(name, row["photos"]):
             cli.say(f"{row['row']}-{row['seed']}: the photos have changed since; to train on those of today, "
                     f"delete {row['folder']}")  # fmt: skip
 
