@@ -194,10 +194,11 @@ def _look_for_other_photos(study: study_plan.Study, rows: list[dict], flops: Flo
     """Say which finished runs learnt from photos that are not those of today: names of files do not tell."""
     from salcl_jax.data import sources
 
-    today = {}
+    today, told = {}, set()  # rows that learn the same share a folder
     for row in rows:
-        if not row.get("photos"):
+        if not row.get("photos") or row["folder"] in told:
             continue
+        told.add(row["folder"])
         source = study_plan.configuration(study, study_plan.Run(row["row"], row["seed"]), flops).data.train
         name = source.to_json(sort_keys=True)
         if name not in today:

@@ -19,6 +19,7 @@ from scipy import stats
 
 from salcl_jax import aot, config_record, study_plan, study_report
 from salcl_jax import config as lib
+from salcl_jax import study as study_program
 from salcl_jax.data import sources
 from salcl_jax.study_plan import Run, Study
 
@@ -214,6 +215,17 @@ def test_operations_are_counted_for_a_cpu_whatever_trains(monkeypatch):
     assert [device.platform for device in meshes[0].devices.flat] == ["cpu"]
 
 
+@pytest.mark.parametrize("named, kept", [("cuda", "cuda,cpu"), ("cuda,cpu", "cuda,cpu"), ("", "")])
+def test_the_cpu_stays_at_hand_beside_an_accelerator(named, kept):
+    before = jax.config.jax_platforms
+    try:
+        jax.config.update("jax_platforms", named)
+        study_program._keep_the_cpu()
+        assert jax.config.jax_platforms == kept
+    finally:
+        jax.config.update("jax_platforms", before)
+
+
 def test_the_report_says_which_machines_its_rows_come_from(tmp_path):
     rows = [row("byol", seed, **{"knn/top1": 0.4}) | {"host": host} for seed, host in enumerate(("a", "b"))]
     study_report.write(study(), rows[:1], tmp_path, "command")
@@ -357,4 +369,4 @@ def test_a_study_stops_continues_and_does_nothing_twice(tmp_path):
     code, out, err = ended(start(*command))
     assert code == 70 and "5 runs, 1 to do" in err, err
     assert f"byol-3: the photos have changed since; to train on those of today, delete {first}" in err
-    assert json.loads(row.read_text()) == changed
+    assert err.count("photos have changed") == 1 and json.loads(row.read_text()) == changed
