@@ -168,9 +168,15 @@ def _meta(judge: Any, subject: Any, checkpoint: str, step: int | None) -> dict[s
         "network": f"{c.model.name}, width {c.model.width}, stem {c.model.stem}",
         "size": c.eval.size, "seed": c.seed, "weights": subject.digest[:16],
         "hardware": f"{judge.mesh.size} x {jax.devices()[0].device_kind}", "versions": writer.versions(),
-        "command": " ".join(["python -m salcl_jax.evaluate", *sys.argv[1:]]),
+        "command": " ".join(["python -m", _program(), *sys.argv[1:]]),
         "date": datetime.now().astimezone().isoformat(timespec="seconds"),
     }  # fmt: skip
+
+
+def _program() -> str:
+    """The module that was started: this one, or one that judges what it trained."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    return spec.name if spec and spec.name.startswith("salcl_jax.") else "salcl_jax.evaluate"
 
 
 if __name__ == "__main__":

@@ -133,8 +133,8 @@ def _run_here(study: study_plan.Study, run: study_plan.Run, workdir: Path) -> in
         base = study_plan.configuration(study, study_plan.Run(study.baseline, run.seed))
         if study_plan.digest(config) != study_plan.digest(base):
             judge.tasks.baselines = ()  # the table has one untrained network a seed
-        fixed = dict.fromkeys(study.fixed)
-        results = evaluate.evaluate(judge, str(place), list(study.tasks), str(judgement(study, place)), fixed)
+        held = dict.fromkeys(study_plan.held(study, config))
+        results = evaluate.evaluate(judge, str(place), list(study.tasks), str(judgement(study, place)), held)
     except train.Stopped as stop:
         cli.say(f"stopped: {stop}")
         return stop.code

@@ -32,7 +32,8 @@ class Study:
     tasks: tuple[str, ...]  # protocols of `salcl_jax.evaluate`
     figures: Mapping[str, str]  # figure of the report -> its caption; shares in 0..1
     seeds: tuple[int, ...] = (0, 1, 2)
-    # fields of `judge` that hold for all rows; others of the map and the regions are those of the row
+    # fields of `judge` that hold for all rows; others of the map and the regions are those of the row, but a
+    # row that trains without a map is judged by the map of `judge`
     fixed: tuple[str, ...] = ()
     # row -> (row whose fields it has, row whose operations it is given as further steps)
     matched: Mapping[str, tuple[str, str]] = dataclasses.field(default_factory=dict)
@@ -131,6 +132,12 @@ def configuration(study: Study, run: Run, flops: Callable[[Any], float] | None =
         config.total_steps = round(config.total_steps * ratio)
         config.total_epochs = round(config.total_epochs * ratio)
     return config
+
+
+def held(study: Study, config: Any) -> list[str]:
+    """Fields of the judge that hold for the network trained by `config`, whatever its checkpoint says."""
+    mapless = config.saliency.source == "none"
+    return [*study.fixed, *(f"saliency.{name}" for name in config.saliency if mapless)]
 
 
 def digest(config: Any) -> str:

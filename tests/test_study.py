@@ -39,9 +39,14 @@ def config():
 def lost(c):
     c.data.train = lib.source("folder", roots=({lost!r},))
 
+def judge():
+    c = config()
+    c.saliency.source, c.saliency.stages = "border", ("stage1",)
+    return c
+
 def get_study():
     return Study(question="Anything?", config=config, rows={{"byol": lib.plain_byol, "guided": lambda c: None,
-                 "same": lib.plain_byol, "lost": lost}}, baseline="byol", judge=config, seeds=(3,),
+                 "same": lib.plain_byol, "lost": lost}}, baseline="byol", judge=judge, seeds=(3,),
                  matched={{"more": ("byol", "guided")}},
                  tasks=("knn", "localization"),
                  figures={{"knn/top1": "k-NN", "localization/corloc": "CorLoc"}})
@@ -359,6 +364,10 @@ def test_a_study_stops_continues_and_does_nothing_twice(tmp_path):
     found = {f"{e['results']['knn']['trained']['knn/top1']:.6f}" for e in evals}
     assert {f"{float(r['knn/top1']):.6f}" for r in rows} == found
     assert sorted("untrained" in e["results"]["knn"] for e in evals) == [False, False, True]  # once a seed
+    maps = {Path(e["meta"]["checkpoint"]).name[:4]: e["about"]["localization"]["protocol"] for e in evals}
+    assert "'border' of stage1" in maps["byol"] and "'activation' of stage2" in maps["guid"], maps
+    said = f"python -m salcl_jax.study --study={file}"
+    assert all(e["meta"]["command"].startswith(said) for e in evals)
     assert "| guided | 1 | 4 |" in out and (work / "check" / "over_flops.png").stat().st_size > 5000
     code, again, err = ended(start(*command, "--report_only"))
     assert code == 0 and again == out

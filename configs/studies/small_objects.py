@@ -40,6 +40,7 @@ def get_study(variant: str = "") -> Study:
     def judge() -> lib.ConfigDict:
         c = photos.judge()
         c.tasks.localization.test = _small("val")
+        c.saliency = like.config().saliency  # of rows that train without a map
         return c
 
     judged = {"judge": judge, "tasks": TASKS, "figures": _figures(photos.figures)}
