@@ -12,7 +12,6 @@ def get_config(variant: str = "") -> lib.ConfigDict:
     c = lib.base()
     lib.small(c)
     c.total_epochs, c.total_steps = 0, 400
-    c.optim.lr = 0.008
     c.saliency.source, c.saliency.stages = "activation", ("stage2", "stage3")  # objects lie anywhere here
     # Covering pairs keep the map, jittered copies cost it; better than `zoom` by one seed alone (RESULTS.md,
     # "Built-in scenes with larger objects" and the end of the first section).

@@ -123,13 +123,13 @@ def _core() -> dict[str, Change]:
 
 
 def _plain() -> dict[str, Change]:
-    """BYOL deserves tuning too: crop scale and learning rate; and the guided row with that rate."""
+    """BYOL deserves tuning too: crop scale and learning rate; and the guided row with half the rate."""
     return {
-        "zoom_lr_double": guided({"zoom": 0.8}, **{"optim.lr": 0.008}),
+        "zoom_lr_half": guided({"zoom": 0.8}, **{"optim.lr": 0.004}),
         "byol_area08": plain(**{"crops.area": (0.08, 1.0)}),
         "byol_area30": plain(**{"crops.area": (0.3, 1.0)}),
-        "byol_lr_half": plain(**{"optim.lr": 0.002}),
-        "byol_lr_double": plain(**{"optim.lr": 0.008}),
+        "byol_lr_half": plain(**{"optim.lr": 0.004}),
+        "byol_lr_double": plain(**{"optim.lr": 0.016}),
     }
 
 
