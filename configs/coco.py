@@ -4,7 +4,7 @@ python -m salcl_jax.main --config=configs/coco.py --workdir=DIR --config.data.tr
 variants: coco_plus (train2017 + unlabeled2017 from folders), lars (BYOL's optimizer), two_cores (small
 network and crops), smoke (a few steps of a small network)
 Map, pairs and weights: chosen with small networks, where they are no better than plain crops with as many
-FLOPs (RESULTS.md, "Photos: three seeds", "Photos: which map").
+FLOPs (RESULTS.md, "Photos, rate tuned", "Photos: which map").
 Full recipe: not yet run. two_cores on 2,068 photos: see Results in README.md.
 """
 

@@ -2,7 +2,7 @@
 
 python -m salcl_jax.main --config=configs/imagenet.py --workdir=DIR --config.data.train.data_dir=gs://BUCKET/tfds
 variants: byol (no guidance), smoke (a few steps of a small network)
-Map, pairs and weights: chosen with small networks on photos of scenes (RESULTS.md, "Photos: three seeds").
+Map, pairs and weights: chosen with small networks on photos of scenes (RESULTS.md, "Photos, rate tuned").
 Not yet run.
 """
 

@@ -3,7 +3,7 @@
 SALCL_DATA=DIR python -m salcl_jax.study --study=configs/studies/photos.py --workdir=DIR --jobs=2
 The folder SALCL_DATA is that of configs/judge.py. Variants, joined by commas: long (five times the steps);
 objects (the same networks, judged by COCO's annotated objects instead of whole photos);
-rows, beside zoomed pairs with their controls: plain (BYOL's own crop scale and learning rate), pairs, local
+rows, beside zoomed pairs with their controls: plain (crop scale and learning rate), pairs, local
 (extra small crops), weights, maps (source of the map)
 Results: RESULTS.md.
 """
