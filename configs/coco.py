@@ -5,7 +5,7 @@ variants: coco_plus (train2017 + unlabeled2017 from folders), lars (BYOL's optim
 network and crops), smoke (a few steps of a small network)
 Map, pairs and weights: chosen with small networks, where they are no better than plain crops with as many
 FLOPs (RESULTS.md, "Photos, rate tuned", "Photos: which map").
-Full recipe: not yet run. two_cores on 2,068 photos: see Results in README.md.
+Full recipe: not yet run. two_cores on 2,068 photos, at half the rate: see Results in README.md.
 """
 
 from salcl_jax import config as lib

@@ -71,8 +71,9 @@ def table(study: Any, rows: list[dict]) -> str:
     base = [r for r in rows if r["row"] == study.baseline]
     head = ["", "seeds", "steps", "FLOPs", *study.figures.values()]
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
-    if any(r["untrained"] for r in base):  # of the baseline: one untrained network a seed
-        cells = [_cell(mean_of(_values(base, f, "untrained")), None) for f in study.figures]
+    once = {r["seed"]: r for r in rows if r["untrained"]}  # judged beside what was the baseline then
+    if once:
+        cells = [_cell(mean_of(_values(once.values(), f, "untrained")), None) for f in study.figures]
         lines.append("| untrained | | | | " + " | ".join(cells) + " |")
     cost = _cost(base[0]) if base else math.nan
     for name in names:
@@ -86,7 +87,7 @@ def table(study: Any, rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
-def _values(rows: list[dict], figure: str, kind: str = "figures") -> list[float]:
+def _values(rows: Iterable[dict], figure: str, kind: str = "figures") -> list[float]:
     return [r[kind][figure] for r in rows if figure in r[kind]]
 
 
