@@ -2,7 +2,7 @@
 
 python -m salcl_jax.main --config=configs/folder.py --workdir=DIR \
     --config.data.train.roots="('/photos/a','/photos/b')"
-Map, pairs and weights: the first of the studied rows that use a map, within the error, and no better than
+Map, pairs and weights: hardly told from the best of the studied rows that use a map, and no better than
 plain crops with as many FLOPs (RESULTS.md, "Photos, rate tuned").
 variants: small_objects (much smaller than the photos: guidance wins on cut-outs and gains a little at equal
 steps on photos; RESULTS.md, "Cut-outs", "Photos of small objects"), resnet50 (224 px, for an accelerator),
